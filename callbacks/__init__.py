@@ -1,0 +1,1 @@
+"""Lightning callbacks: what is measured, logged, saved and healed while training runs."""

@@ -1,0 +1,1 @@
+"""Data for training: deterministic, resumable at any batch, shardable over ranks."""

@@ -1,0 +1,1 @@
+"""The studies: each module is a command that regenerates its tables and figures."""

@@ -1,0 +1,1 @@
+"""Thin Lightning shells around the algorithms of ``theria``, and the command line ``theria``."""

@@ -1,0 +1,136 @@
+"""The inner loop, and the meta-gradient by automatic differentiation through it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from theria.maml.modes import MetaMode
+from theria.maml.task_model import Batch, TaskModel, descend
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Per-task results of one meta-gradient; gradients are of the sum over tasks of the query loss."""
+
+    query_losses: Float[Tensor, " tasks"]
+    query_logits: Float[Tensor, "tasks batch classes"]
+    support_losses_before: Float[Tensor, " tasks"]
+    adapted_grads: list[Tensor]
+    shared_grads: list[Tensor]
+    final: list[Tensor]
+    inner_lr_grad: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """Gradient descent of every task on its own support set."""
+
+    task_model: TaskModel
+    support: Batch
+    query: Batch
+    steps: int
+    lr: float | Tensor
+
+    def support_gradient(
+        self, adapted: Sequence[Tensor], shared: Sequence[Tensor], *, create_graph: bool = False
+    ) -> tuple[Float[Tensor, " tasks"], tuple[Tensor, ...]]:
+        """Support losses, and their gradients by the adapted parameters: one call for all tasks."""
+        losses, _ = self.task_model.losses(adapted, shared, self.support)
+        return losses.detach(), torch.autograd.grad(losses.sum(), adapted, create_graph=create_graph)
+
+    def constant_step(
+        self, adapted: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> tuple[Float[Tensor, " tasks"], list[Tensor]]:
+        """Support losses before, and parameters after, one step that leaves no graph."""
+        leaves = as_leaves(adapted)
+        losses, gradients = self.support_gradient(leaves, shared)
+        with torch.no_grad():
+            return losses, descend(leaves, gradients, self.lr)
+
+
+def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values as fresh leaves that require grad."""
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def unrolled_gradient(
+    loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor], *, mode: MetaMode, segment: int
+) -> Outcome:
+    """The meta-gradient as defined by ``mode``, by reverse mode through the unrolled loop.
+
+    With ``segment`` in 1..K-1 and FULL, the parameters at the starts of segments are kept, and each
+    segment's graph is rebuilt when the backward pass reaches it.
+    """
+    if mode is MetaMode.FULL and 0 < segment < loop.steps:
+        return _segmented(loop, adapted, shared, segment)
+    theta, common = as_leaves(adapted), as_leaves(shared)
+    second_order = mode is MetaMode.FULL
+    inner_shared = common if second_order else shared
+    phi, before = theta, None
+    for _ in range(loop.steps):
+        if mode is MetaMode.FO_STRICT:
+            losses, phi = loop.constant_step(phi, inner_shared)
+        else:
+            losses, gradients = loop.support_gradient(phi, inner_shared, create_graph=second_order)
+            phi = descend(phi, gradients, loop.lr)
+        before = losses if before is None else before
+    if mode is MetaMode.FO_STRICT:
+        theta = phi = as_leaves(phi)
+    query_losses, logits = loop.task_model.losses(phi, common, loop.query)
+    rate = _learned_rate(loop)
+    gradients = torch.autograd.grad(query_losses.sum(), (*theta, *common, *rate))
+    return Outcome(
+        query_losses=query_losses.detach(),
+        query_logits=logits.detach(),
+        support_losses_before=_initial_losses(loop, adapted, shared) if before is None else before,
+        adapted_grads=list(gradients[: len(theta)]),
+        shared_grads=list(gradients[len(theta) : len(theta) + len(common)]),
+        final=[p.detach() for p in phi],
+        inner_lr_grad=gradients[-1] if rate else None,
+    )
+
+
+def _segmented(loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor], segment: int) -> Outcome:
+    starts, phi, before = [], adapted, None
+    for step in range(loop.steps):
+        if step % segment == 0:
+            starts.append(phi)
+        losses, phi = loop.constant_step(phi, shared)
+        before = losses if before is None else before
+    assert before is not None  # a segment shorter than the loop means that there were steps
+    common, rate = as_leaves(shared), _learned_rate(loop)
+    cotangents, shared_grads, losses, logits = query_gradient(loop, phi, common)
+    rate_grads = [torch.zeros_like(r) for r in rate]
+    for index, start in reversed(list(enumerate(starts))):
+        theta = as_leaves(start)
+        end = theta
+        for _ in range(min(segment, loop.steps - index * segment)):
+            _, gradients = loop.support_gradient(end, common, create_graph=True)
+            end = descend(end, gradients, loop.lr)
+        pulled = torch.autograd.grad(end, (*theta, *common, *rate), cotangents)
+        cotangents = list(pulled[: len(theta)])
+        for total, part in zip((*shared_grads, *rate_grads), pulled[len(theta) :], strict=True):
+            total += part
+    return Outcome(losses, logits, before, cotangents, shared_grads, phi, rate_grads[0] if rate else None)
+
+
+def query_gradient(
+    loop: InnerLoop, adapted: Sequence[Tensor], shared: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """First-order gradient of the query losses' sum by both parameter sets, the losses and the logits."""
+    leaves, common = as_leaves(adapted), as_leaves(shared)
+    losses, logits = loop.task_model.losses(leaves, common, loop.query)
+    gradients = torch.autograd.grad(losses.sum(), (*leaves, *common))
+    return list(gradients[: len(leaves)]), list(gradients[len(leaves) :]), losses.detach(), logits.detach()
+
+
+def _learned_rate(loop: InnerLoop) -> list[Tensor]:
+    return [loop.lr] if isinstance(loop.lr, Tensor) and loop.lr.requires_grad else []
+
+
+def _initial_losses(loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return loop.task_model.losses(adapted, shared, loop.support)[0]

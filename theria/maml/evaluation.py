@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from theria.maml.task_model import Batch, TaskModel, accuracy, check_batch
+from theria.maml.task_model import Batch, TaskModel, accuracy, check_batch, cross_entropy
 from theria.maml.unroll import InnerLoop
 
 
@@ -54,14 +54,11 @@ def adaptation_curve(
     support_losses, query_losses, accuracies = [], [], []
     for step in range(inner_steps + 1):
         with torch.no_grad():
-            losses, logits = task_model.losses(adapted, shared, query)
-        query_losses.append(losses)
-        accuracies.append(accuracy(logits, query[1]))
-        if step == inner_steps:
-            with torch.no_grad():
-                support_losses.append(task_model.losses(adapted, shared, support)[0])
-        else:
+            support_losses.append(cross_entropy(task_model.logits(adapted, shared, support[0]), support[1]))
+            logits = task_model.logits(adapted, shared, query[0])
+            query_losses.append(cross_entropy(logits, query[1]))
+            accuracies.append(accuracy(logits, query[1]))
+        if step < inner_steps:
             with torch.enable_grad():
-                losses, adapted = loop.constant_step(adapted, shared)
-            support_losses.append(losses)
+                _, adapted = loop.constant_step(adapted, shared)
     return AdaptationCurve(torch.stack(support_losses), torch.stack(query_losses), torch.stack(accuracies))

@@ -99,14 +99,14 @@ def meta_gradient(
     sums = (*(g.sum(0) for g in outcome.adapted_grads), *outcome.shared_grads)
     after = before = None
     if diagnostics:
+        after = loop.support_loss(outcome.final, shared) / tasks
         with torch.no_grad():
-            after = task_model.losses(outcome.final, shared, support)[0].mean()
             before = accuracy(task_model.logits(adapted, shared, query[0]), query[1]).mean()
     return MetaGradient(
-        loss=outcome.query_losses.mean(),
+        loss=outcome.query_loss / tasks,
         grads={name: total / tasks for name, total in zip(names, sums, strict=True)},
         query_accuracy=accuracy(outcome.query_logits, query[1]).mean(),
-        support_loss_before=outcome.support_losses_before.mean(),
+        support_loss_before=outcome.support_loss_before / tasks,
         support_loss_after=after,
         query_accuracy_before=before,
         inner_lr_grad=None if outcome.inner_lr_grad is None else outcome.inner_lr_grad / tasks,

@@ -24,19 +24,18 @@ def swept_gradient(
     """
     trajectory, before = [adapted], None
     for _ in range(loop.steps):
-        losses, following = loop.constant_step(trajectory[-1], shared)
+        loss, following = loop.constant_step(trajectory[-1], shared)
         trajectory.append(following)
-        before = losses if before is None else before
+        before = loss if before is None else before
     if before is None:
-        with torch.no_grad():
-            before = loop.task_model.losses(adapted, shared, loop.support)[0]
-    u, shared_grads, query_losses, logits = query_gradient(loop, trajectory[-1], shared)
+        before = loop.support_loss(adapted, shared)
+    u, shared_grads, query_loss, logits = query_gradient(loop, trajectory[-1], shared)
     if second_order:
         for theta in reversed(trajectory[:-1]):
             curved, mixed = hessian_vector_product(loop, theta, shared, u)
             u = descend(u, curved, loop.lr)
             shared_grads = descend(shared_grads, mixed, loop.lr)
-    return Outcome(query_losses, logits, before, u, shared_grads, trajectory[-1])
+    return Outcome(query_loss, logits, before, u, shared_grads, trajectory[-1])
 
 
 def hessian_vector_product(
@@ -53,8 +52,8 @@ def hessian_vector_product(
             for p, t in zip(adapted, tangents, strict=True)
         ]
         common = [p.detach().requires_grad_() for p in shared]
-        losses, _ = loop.task_model.losses(duals, common, loop.support)
-        gradients = torch.autograd.grad(losses.sum(), (*duals, *common))
+        loss, _ = loop.task_model.total_loss(duals, common, loop.support)
+        gradients = torch.autograd.grad(loss, (*duals, *common))
         products = [_tangent(g) for g in gradients]
     return products[: len(duals)], products[len(duals) :]
 

@@ -62,19 +62,24 @@ class TaskModel:
 
         return vmap(one_task, in_dims=(0, None, 0))(list(adapted), list(shared), x)
 
-    def losses(
+    def total_loss(
         self, adapted: Sequence[Tensor], shared: Sequence[Tensor], batch: Batch
-    ) -> tuple[Float[Tensor, " tasks"], Float[Tensor, "tasks batch classes"]]:
-        """Every task's mean cross-entropy, in nats, and the logits it was computed from."""
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "tasks batch classes"]]:
+        """Sum over tasks of their mean cross-entropies, and the logits.
+
+        The sum alone is differentiated: tasks do not mix, so its gradient by the stacked parameters holds
+        every task's own.
+        """
         x, y = batch
         logits = self.logits(adapted, shared, x)
-        return cross_entropy(logits, y), logits
+        summed = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+        return summed / y.shape[1], logits
 
 
 def cross_entropy(
     logits: Float[Tensor, "tasks batch classes"], y: Int[Tensor, "tasks batch"]
 ) -> Float[Tensor, " tasks"]:
-    """Mean over the batch of -log softmax(logits)[y], in nats."""
+    """Every task's mean over its batch of -log softmax(logits)[y], in nats."""
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
 
 

@@ -13,11 +13,11 @@ from theria.maml.task_model import Batch, TaskModel, descend
 
 @dataclass(frozen=True)
 class Outcome:
-    """Per-task results of one meta-gradient; gradients are of the sum over tasks of the query loss."""
+    """Results of one meta-gradient: losses are sums over the tasks, and gradients those of the query loss."""
 
-    query_losses: Float[Tensor, " tasks"]
+    query_loss: Float[Tensor, ""]
     query_logits: Float[Tensor, "tasks batch classes"]
-    support_losses_before: Float[Tensor, " tasks"]
+    support_loss_before: Float[Tensor, ""]
     adapted_grads: list[Tensor]
     shared_grads: list[Tensor]
     final: list[Tensor]
@@ -36,19 +36,24 @@ class InnerLoop:
 
     def support_gradient(
         self, adapted: Sequence[Tensor], shared: Sequence[Tensor], *, create_graph: bool = False
-    ) -> tuple[Float[Tensor, " tasks"], tuple[Tensor, ...]]:
-        """Support losses, and their gradients by the adapted parameters: one call for all tasks."""
-        losses, _ = self.task_model.losses(adapted, shared, self.support)
-        return losses.detach(), torch.autograd.grad(losses.sum(), adapted, create_graph=create_graph)
+    ) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
+        """Summed support loss, and every task's gradient by its adapted parameters: one call for all."""
+        loss, _ = self.task_model.total_loss(adapted, shared, self.support)
+        return loss.detach(), torch.autograd.grad(loss, adapted, create_graph=create_graph)
 
     def constant_step(
         self, adapted: Sequence[Tensor], shared: Sequence[Tensor]
-    ) -> tuple[Float[Tensor, " tasks"], list[Tensor]]:
-        """Support losses before, and parameters after, one step that leaves no graph."""
+    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
+        """Summed support loss before, and parameters after, one step that leaves no graph."""
         leaves = as_leaves(adapted)
-        losses, gradients = self.support_gradient(leaves, shared)
+        loss, gradients = self.support_gradient(leaves, shared)
         with torch.no_grad():
-            return losses, descend(leaves, gradients, self.lr)
+            return loss, descend(leaves, gradients, self.lr)
+
+    def support_loss(self, adapted: Sequence[Tensor], shared: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """Summed support loss, without a graph."""
+        with torch.no_grad():
+            return self.task_model.total_loss(adapted, shared, self.support)[0]
 
 
 def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -72,20 +77,20 @@ def unrolled_gradient(
     phi, before = theta, None
     for _ in range(loop.steps):
         if mode is MetaMode.FO_STRICT:
-            losses, phi = loop.constant_step(phi, inner_shared)
+            loss, phi = loop.constant_step(phi, inner_shared)
         else:
-            losses, gradients = loop.support_gradient(phi, inner_shared, create_graph=second_order)
+            loss, gradients = loop.support_gradient(phi, inner_shared, create_graph=second_order)
             phi = descend(phi, gradients, loop.lr)
-        before = losses if before is None else before
+        before = loss if before is None else before
     if mode is MetaMode.FO_STRICT:
         theta = phi = as_leaves(phi)
-    query_losses, logits = loop.task_model.losses(phi, common, loop.query)
+    query_loss, logits = loop.task_model.total_loss(phi, common, loop.query)
     rate = _learned_rate(loop)
-    gradients = torch.autograd.grad(query_losses.sum(), (*theta, *common, *rate))
+    gradients = torch.autograd.grad(query_loss, (*theta, *common, *rate))
     return Outcome(
-        query_losses=query_losses.detach(),
+        query_loss=query_loss.detach(),
         query_logits=logits.detach(),
-        support_losses_before=_initial_losses(loop, adapted, shared) if before is None else before,
+        support_loss_before=loop.support_loss(adapted, shared) if before is None else before,
         adapted_grads=list(gradients[: len(theta)]),
         shared_grads=list(gradients[len(theta) : len(theta) + len(common)]),
         final=[p.detach() for p in phi],
@@ -98,11 +103,11 @@ def _segmented(loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor], seg
     for step in range(loop.steps):
         if step % segment == 0:
             starts.append(phi)
-        losses, phi = loop.constant_step(phi, shared)
-        before = losses if before is None else before
+        loss, phi = loop.constant_step(phi, shared)
+        before = loss if before is None else before
     assert before is not None  # a segment shorter than the loop means that there were steps
     common, rate = as_leaves(shared), _learned_rate(loop)
-    cotangents, shared_grads, losses, logits = query_gradient(loop, phi, common)
+    cotangents, shared_grads, query_loss, logits = query_gradient(loop, phi, common)
     rate_grads = [torch.zeros_like(r) for r in rate]
     for index, start in reversed(list(enumerate(starts))):
         theta = as_leaves(start)
@@ -114,23 +119,19 @@ def _segmented(loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor], seg
         cotangents = list(pulled[: len(theta)])
         for total, part in zip((*shared_grads, *rate_grads), pulled[len(theta) :], strict=True):
             total += part
-    return Outcome(losses, logits, before, cotangents, shared_grads, phi, rate_grads[0] if rate else None)
+    return Outcome(query_loss, logits, before, cotangents, shared_grads, phi, rate_grads[0] if rate else None)
 
 
 def query_gradient(
     loop: InnerLoop, adapted: Sequence[Tensor], shared: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """First-order gradient of the query losses' sum by both parameter sets, the losses and the logits."""
+    """First-order gradient of the summed query loss by both parameter sets, the loss and the logits."""
     leaves, common = as_leaves(adapted), as_leaves(shared)
-    losses, logits = loop.task_model.losses(leaves, common, loop.query)
-    gradients = torch.autograd.grad(losses.sum(), (*leaves, *common))
-    return list(gradients[: len(leaves)]), list(gradients[len(leaves) :]), losses.detach(), logits.detach()
+    loss, logits = loop.task_model.total_loss(leaves, common, loop.query)
+    gradients = torch.autograd.grad(loss, (*leaves, *common))
+    return list(gradients[: len(leaves)]), list(gradients[len(leaves) :]), loss.detach(), logits.detach()
 
 
 def _learned_rate(loop: InnerLoop) -> list[Tensor]:
     return [loop.lr] if isinstance(loop.lr, Tensor) and loop.lr.requires_grad else []
 
-
-def _initial_losses(loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor]) -> Tensor:
-    with torch.no_grad():
-        return loop.task_model.losses(adapted, shared, loop.support)[0]

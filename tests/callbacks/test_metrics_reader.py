@@ -64,6 +64,15 @@ def test_of_every_step_the_last_attempt_is_read_in_order(tmp_path: Path) -> None
     pd.testing.assert_frame_equal(read_metrics(path), expected)
 
 
+def test_steps_are_in_order_whatever_the_order_of_attempts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_attempt(path, 6, range(7, 9))
+    write_attempt(path, 0, range(1, 7))
+    table = read_metrics(path)
+    assert list(table["step"]) == list(range(1, 9))
+    assert list(table["attempt"]) == [2] * 6 + [1] * 2
+
+
 def test_validation_is_a_table_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, step=0)

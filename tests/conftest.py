@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it has to stand before theria is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tensors are small here: a second thread costs more than it brings, above all beside another program.
+torch.set_num_threads(1)
+
 install_import_hook("theria", "beartype.beartype")
 
 

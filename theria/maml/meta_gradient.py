@@ -82,11 +82,12 @@ def meta_gradient(
     Source: Finn et al. 2017 (arXiv 1703.03400), sections 2.2 and 5.2; for ``sweep``, mixed-mode
     differentiation (arXiv 2505.00793).
     """
-    mode, strategy = parse_choice(MetaMode, mode), parse_choice(Strategy, strategy)
+    mode, strategy = check_options(mode, strategy, inner_steps, inner_lr, inner_checkpoint)
     check_batch("support", support)
     check_batch("query", query)
-    _check_options(mode, strategy, inner_steps, inner_lr, inner_checkpoint, tasks=(support, query))
     tasks = support[1].shape[0]
+    if query[1].shape[0] != tasks:
+        raise ValueError(f"support has {tasks} tasks, query has {query[1].shape[0]}")
     task_model = TaskModel(model, adapt)
     loop = InnerLoop(task_model, support, query, inner_steps, inner_lr)
     adapted, shared = task_model.initial(tasks)
@@ -113,17 +114,19 @@ def meta_gradient(
     )
 
 
-def _check_options(
-    mode: MetaMode,
-    strategy: Strategy,
+def check_options(
+    mode: MetaMode | str,
+    strategy: Strategy | str,
     inner_steps: int,
     inner_lr: float | Tensor,
     inner_checkpoint: int,
-    tasks: tuple[Batch, Batch],
-) -> None:
-    support, query = tasks
-    if support[1].shape[0] != query[1].shape[0]:
-        raise ValueError(f"support has {support[1].shape[0]} tasks, query has {query[1].shape[0]}")
+) -> tuple[MetaMode, Strategy]:
+    """Refuse what `meta_gradient` cannot do; the mode and the strategy as their enumerations.
+
+    Raises:
+        ValueError: naming the option, what came and what fits.
+    """
+    mode, strategy = parse_choice(MetaMode, mode), parse_choice(Strategy, strategy)
     if inner_steps < 0 or inner_checkpoint < 0:
         raise ValueError(
             f"inner_steps and inner_checkpoint must be at least 0, got {inner_steps} and {inner_checkpoint}"
@@ -141,3 +144,4 @@ def _check_options(
             )
     elif not 0 <= inner_lr < float("inf"):
         raise ValueError(f"inner_lr must be a finite number of at least 0, got {inner_lr}")
+    return mode, strategy

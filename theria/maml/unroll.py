@@ -134,4 +134,3 @@ def query_gradient(
 
 def _learned_rate(loop: InnerLoop) -> list[Tensor]:
     return [loop.lr] if isinstance(loop.lr, Tensor) and loop.lr.requires_grad else []
-

@@ -1,0 +1,242 @@
+"""Meta-learning of a sequence classifier: the outer loop."""
+
+import time
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_modules.metrics import MeanOverTasks
+from lightning_modules.step_metrics import StepMetrics
+from theria.cuda_graph import CapturedFunction
+from theria.maml import (
+    MetaGradient,
+    TaskModel,
+    adaptation_curve,
+    check_options,
+    meta_gradient,
+)
+from theria.models.seq_classifier import SeqClassifier
+from theria.tasks.synthetic_seqcls import TaskBatch
+
+PROGRESS_BAR = ("loss", "query_accuracy")
+GRADIENT_GROUPS = ("q_proj", "k_proj", "v_proj", "head")
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    """The study's outer optimiser: Adam, default betas, learning rate 1e-3."""
+    return torch.optim.Adam(params, lr=1e-3)
+
+
+class MetaSeqClassifier(LightningModule):
+    """Second-order, first-order or strictly first-order MAML over an attention classifier.
+
+    One batch is a meta-batch of tasks and one outer step. Optimisation is manual: the meta-gradient is
+    computed by `theria.maml.meta_gradient` and reaches ``.grad`` through ``manual_backward`` of
+    sum(theta * stopgrad(g)), so that gradient hooks (DDP among them) see it in every mode.
+
+    Args:
+        width: model width E; the data's width must be the same.
+        num_classes: classes of every task.
+        backend: attention backend, see ``theria.attention``.
+        absorb_projections: fold the key and value projections into the single query (the same function,
+            faster; the backend then sees the raw sequence as keys and values).
+        mode: FULL, FO or FO_STRICT.
+        inner_steps: gradient steps of the inner loop.
+        inner_lr: their rate.
+        strategy: ``unrolled`` or ``sweep``.
+        inner_checkpoint: recompute the unrolled graph in segments of this many inner steps; 0 keeps it.
+        adapt: names of modules or parameters the inner loop adapts; null adapts all.
+        cuda_graph: capture the meta-gradient in a CUDA graph. ``auto`` does on a CUDA device without
+            autocast; ``on`` insists and raises where it cannot; ``off`` never does.
+        optimizer: outer optimiser, called with the parameters.
+        lr_scheduler: called with the optimiser and stepped once an outer step; null keeps the rate.
+    """
+
+    def __init__(
+        self,
+        width: int = 64,
+        num_classes: int = 5,
+        backend: str = "auto",
+        absorb_projections: bool = False,
+        mode: str = "FULL",
+        inner_steps: int = 5,
+        inner_lr: float = 0.4,
+        strategy: str = "unrolled",
+        inner_checkpoint: int = 0,
+        adapt: list[str] | None = None,
+        cuda_graph: Literal["auto", "on", "off"] = "auto",
+        optimizer: OptimizerCallable = adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(mode, strategy, inner_steps, inner_lr, inner_checkpoint)
+        if cuda_graph not in ("auto", "on", "off"):
+            raise ValueError(f"cuda_graph must be auto, on or off, got {cuda_graph!r}")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.automatic_optimization = False
+        self.model = SeqClassifier(width, num_classes, backend=backend, absorb_projections=absorb_projections)
+        TaskModel(self.model, adapt)  # refuses names that cover no parameter
+        self._compute = partial(
+            meta_gradient,
+            self.model,
+            mode=mode,
+            inner_steps=inner_steps,
+            inner_lr=inner_lr,
+            strategy=strategy,
+            inner_checkpoint=inner_checkpoint,
+            adapt=adapt,
+            diagnostics=True,
+        )
+        self._adaptation = partial(
+            adaptation_curve, self.model, inner_steps=inner_steps, inner_lr=inner_lr, adapt=adapt
+        )
+        self.cuda_graph = cuda_graph
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.step_metrics = StepMetrics()
+        self.val_curve = MeanOverTasks(3 * (inner_steps + 1))
+        self.test_curve = MeanOverTasks(3 * (inner_steps + 1))
+        self._captured: CapturedFunction[MetaGradient] | None = None
+        self._step_started = time.perf_counter()
+
+    def configure_optimizers(self) -> Any:
+        """The outer optimiser, and its scheduler where one is configured."""
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    def on_fit_start(self) -> None:
+        """A graph captured in an earlier fit reads parameters where they no longer stand."""
+        self._captured = None
+        self.step_metrics.reduce = self._mean_over_ranks if self.trainer.world_size > 1 else None
+
+    def on_train_start(self) -> None:
+        """Start the clock of the first outer step."""
+        self._step_started = time.perf_counter()
+
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        """One outer step on one meta-batch."""
+        result = self.meta_gradient(batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        named = [(name, p) for name, p in self.model.named_parameters() if name in result.grads]
+        surrogate = torch.dot(
+            torch.cat([p.flatten() for _, p in named]),
+            torch.cat([result.grads[name].flatten() for name, _ in named]),
+        )
+        self.manual_backward(surrogate)
+        optimizer.step()
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()
+        self.step_metrics.append(self.trainer.global_step, self._row(result, optimizer.param_groups[0]["lr"]))
+
+    def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
+        """The configured meta-gradient of one meta-batch, replayed from a CUDA graph where there is one."""
+        inputs = batch[:4]
+        if not self._capturable(batch):
+            return self._meta_gradient_of(*inputs)
+        if self._captured is None or not self._captured.fits(inputs):
+            self._captured = CapturedFunction(self._meta_gradient_of, inputs, list(self.model.parameters()))
+        return self._captured(*inputs)
+
+    def _meta_gradient_of(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> MetaGradient:
+        return self._compute((support_x, support_y), (query_x, query_y))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the step's values on the steps the trainer logs."""
+        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        if (stepped + 1) % (self.trainer.log_every_n_steps or 1) != 0:
+            return
+        self.step_metrics.flush()
+        row = self.step_metrics.last
+        for name in PROGRESS_BAR:
+            self.log(f"train/{name}", row[name], prog_bar=True)
+        # self.log takes a millisecond on a GPU's host: only what callbacks may monitor goes through it
+        hidden = {"step", "step_seconds", *PROGRESS_BAR}
+        values = {f"train/{name}": value for name, value in row.items() if name not in hidden}
+        for logger in self.loggers:
+            logger.log_metrics(values | {"perf/step_seconds": row["step_seconds"]}, step=stepped)
+
+    def on_validation_start(self) -> None:
+        """Adaptation differentiates, which inference mode forbids."""
+        if torch.is_inference_mode_enabled():
+            raise MisconfigurationException(
+                "MetaSeqClassifier adapts during validation and test, which needs gradients: set"
+                " trainer.inference_mode to false"
+            )
+
+    on_test_start = on_validation_start
+
+    def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        """Adapt every task and add its curve."""
+        self.val_curve.update(self._curve(batch))
+
+    def test_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        """Adapt every task and add its curve."""
+        self.test_curve.update(self._curve(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means and intervals over all validation tasks."""
+        self._log_curve("val", self.val_curve)
+
+    def on_test_epoch_end(self) -> None:
+        """Log means and intervals over all test tasks."""
+        self._log_curve("test", self.test_curve)
+
+    def _curve(self, batch: TaskBatch) -> Tensor:
+        support, query = (batch.support_x, batch.support_y), (batch.query_x, batch.query_y)
+        curve = self._adaptation(support, query)
+        return torch.cat([curve.query_accuracy, curve.query_loss, curve.support_loss])
+
+    def _log_curve(self, stage: str, metric: MeanOverTasks) -> None:
+        interval = metric.compute()
+        metric.reset()
+        accuracy, query_loss, support_loss = interval.mean.chunk(3)
+        values = {
+            "query_accuracy": accuracy[-1],
+            "query_accuracy_ci95": interval.ci95.chunk(3)[0][-1],
+            "query_accuracy_before": accuracy[0],
+            "query_loss": query_loss[-1],
+            "query_loss_before": query_loss[0],
+            "support_loss_before": support_loss[0],
+            "support_loss_after": support_loss[-1],
+        }
+        steps = {f"query_accuracy_step_{k:02d}": value for k, value in enumerate(accuracy)}
+        self.log_dict({f"{stage}/{name}": value for name, value in (values | steps).items()}, prog_bar=False)
+
+    def _capturable(self, batch: TaskBatch) -> bool:
+        if self.cuda_graph == "off":
+            return False
+        obstacle = None
+        if not batch.support_x.is_cuda:
+            obstacle = f"the batch is on {batch.support_x.device}"
+        elif torch.is_autocast_enabled("cuda"):
+            obstacle = "autocast is on"
+        if obstacle and self.cuda_graph == "on":
+            raise MisconfigurationException(f"cuda_graph is on, but {obstacle}; use auto or off")
+        return obstacle is None
+
+    def _row(self, result: MetaGradient, learning_rate: float) -> dict[str, Tensor | float]:
+        now = time.perf_counter()
+        seconds, self._step_started = now - self._step_started, now
+        row: dict[str, Tensor | float] = {
+            "loss": result.loss,
+            "support_loss_before": result.support_loss_before,
+            "query_accuracy": result.query_accuracy,
+        }
+        for name in ("support_loss_after", "query_accuracy_before"):
+            row[name] = getattr(result, name)
+        for group in GRADIENT_GROUPS:
+            gradients = [p.grad for p in getattr(self.model, group).parameters() if p.grad is not None]
+            row[f"grad_norm_{group}"] = torch.nn.utils.get_total_norm(gradients)
+        return row | {"step_seconds": seconds, "learning_rate": learning_rate}
+
+    def _mean_over_ranks(self, rows: Tensor) -> Tensor:
+        return self.all_gather(rows).mean(0)

@@ -1,1 +1,5 @@
 """Data for training: deterministic, resumable at any batch, shardable over ranks."""
+
+from datamodules.synthetic_seqcls import SyntheticSeqCls
+
+__all__ = ["SyntheticSeqCls"]

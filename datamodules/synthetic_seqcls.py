@@ -1,0 +1,248 @@
+"""The synthetic sequence-classification tasks of `theria.tasks` as a LightningDataModule."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.loader import BatchIndex, BatchLoader, ResumableLoader, Shard
+from theria.tasks.synthetic_seqcls import SeqClsSpec, Stream, TaskBatch, sample_tasks
+
+
+class TaskRequest(NamedTuple):
+    """Which tasks a batch holds, to be sampled where they are needed."""
+
+    stream: Stream
+    epoch: Tensor
+    task_ids: Tensor
+
+
+class TaskDataset(Dataset[TaskBatch | TaskRequest]):
+    """Batches of task numbers, or of the tasks themselves.
+
+    Args:
+        spec: the shape of a task.
+        seed: of the stream.
+        stream: "train", "validation" or "test".
+        num_tasks: tasks of an epoch.
+        sample: make the tasks here, on the CPU, instead of handing on their numbers.
+    """
+
+    def __init__(self, spec: SeqClsSpec, *, seed: int, stream: Stream, num_tasks: int, sample: bool) -> None:
+        self.spec = spec
+        self.seed = seed
+        self.stream = stream
+        self.num_tasks = num_tasks
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __getitem__(self, index: BatchIndex) -> TaskBatch | TaskRequest:
+        task_ids = torch.arange(index.ids.start, index.ids.stop, index.ids.step)
+        request = TaskRequest(self.stream, torch.tensor(index.epoch), task_ids)
+        return make_tasks(self.spec, self.seed, request) if self.sample else request
+
+
+def make_tasks(spec: SeqClsSpec, seed: int, request: TaskRequest) -> TaskBatch:
+    """The requested tasks, on the device of the request."""
+    return sample_tasks(spec, request.task_ids, seed=seed, epoch=request.epoch, stream=request.stream)
+
+
+class SyntheticSeqCls(LightningDataModule):
+    """Meta-batches of synthetic few-shot tasks; a module receives a `TaskBatch`.
+
+    Every training epoch has new tasks, numbered from 0; validation and test tasks are the same at every pass.
+    With `num_workers = 0` the loaders yield task numbers and the tasks are made on the training device; with
+    workers these make them on the CPU, the same bit for bit where training is on the CPU too. The W ranks
+    share every meta-batch, each taking every W-th task of it, so together they see the tasks that one process
+    would see; Lightning's own distributed sampler never applies.
+
+    Validation and test may end in a smaller batch, of which some ranks take one task fewer or none: log them
+    per epoch, not per batch, when ranks synchronise.
+
+    Args:
+        length: positions in a sequence, at least 2.
+        width: features of a position.
+        num_classes: classes of a task, at least 2.
+        num_signal_positions: positions that carry the class prototype, at most length - 1.
+        noise: standard deviation of positions without signal; signal positions have half of it.
+        support_size: sequences a task adapts on.
+        query_size: sequences a task is judged on.
+        meta_batch_size: tasks of a batch over all ranks; a multiple of their number.
+        train_tasks_per_epoch: training tasks of an epoch, a multiple of meta_batch_size.
+        val_tasks: validation tasks.
+        test_tasks: test tasks.
+        seed: of all tasks, in [0, 2^64).
+        num_workers: processes that make tasks; 0 makes them on the training device.
+
+    Raises:
+        ValueError: a value is impossible; the message names it.
+    """
+
+    def __init__(
+        self,
+        length: int = 32,
+        width: int = 64,
+        num_classes: int = 5,
+        num_signal_positions: int = 4,
+        noise: float = 1.0,
+        support_size: int = 16,
+        query_size: int = 16,
+        meta_batch_size: int = 16,
+        train_tasks_per_epoch: int = 1600,
+        val_tasks: int = 320,
+        test_tasks: int = 640,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.spec = SeqClsSpec(
+            length=length,
+            width=width,
+            num_classes=num_classes,
+            num_signal_positions=num_signal_positions,
+            noise=noise,
+            support_size=support_size,
+            query_size=query_size,
+        )
+        for name, value, least, most in (
+            ("meta_batch_size", meta_batch_size, 1, 2**32),
+            ("train_tasks_per_epoch", train_tasks_per_epoch, 1, 2**32),
+            ("val_tasks", val_tasks, 1, 2**32),
+            ("test_tasks", test_tasks, 1, 2**32),
+            ("seed", seed, 0, 2**64 - 1),
+            ("num_workers", num_workers, 0, 2**16),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}], got {value}")
+        if train_tasks_per_epoch % meta_batch_size:
+            raise ValueError(
+                f"train_tasks_per_epoch = {train_tasks_per_epoch} is not a multiple of "
+                f"meta_batch_size = {meta_batch_size}"
+            )
+        self.meta_batch_size = meta_batch_size
+        self.train_tasks_per_epoch = train_tasks_per_epoch
+        self.val_tasks = val_tasks
+        self.test_tasks = test_tasks
+        self.seed = seed
+        self.num_workers = num_workers
+        self._train_loader: ResumableLoader | None = None
+
+    def setup(self, stage: str) -> None:
+        """Start the training stream; a Trainer that fits again goes on with it.
+
+        Raises:
+            ValueError: meta_batch_size does not divide over the ranks, or overfit_batches is set.
+        """
+        trainer = self.trainer
+        if stage != "fit" or trainer is None:
+            return
+        overfit_batches = getattr(trainer, "overfit_batches", 0)
+        if overfit_batches:
+            raise ValueError(
+                f"overfit_batches must be 0, got {overfit_batches}: "
+                "every pass over the training data has new tasks, there is nothing to overfit"
+            )
+        if self._train_loader is None or self._train_loader.trainer is not trainer:
+            self._train_loader = self._new_train_loader()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """New tasks every epoch; resumable at any batch."""
+        if self._train_loader is None:
+            self._train_loader = self._new_train_loader()
+        return self._train_loader
+
+    def val_dataloader(self) -> BatchLoader:
+        """The validation tasks, the same at every pass."""
+        return BatchLoader(
+            self._dataset("validation", self.val_tasks), self._shard(self.val_tasks), **self._worker_options
+        )
+
+    def test_dataloader(self) -> BatchLoader:
+        """The test tasks, the same at every pass."""
+        return BatchLoader(
+            self._dataset("test", self.test_tasks), self._shard(self.test_tasks), **self._worker_options
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Tasks for the numbers that came over; anything else passes."""
+        if not isinstance(batch, TaskRequest):
+            return batch
+        tasks = make_tasks(self.spec, self.seed, batch)
+        # Lightning converts to the trainer's precision before the transfer, when there were no tasks yet.
+        return tasks if self.trainer is None else self.trainer.precision_plugin.convert_input(tasks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings that determine the tasks, and the position in the training stream."""
+        position = None if self._train_loader is None else self._train_loader.state_dict()
+        return {"settings": self._settings(), "position": position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the training stream, and warn when it goes on with other settings.
+
+        Lightning restores a loader's state only where it takes up an unfinished epoch; this is called always.
+
+        Raises:
+            ValueError: the checkpoint stands in the middle of an epoch, of other sizes than this run's.
+        """
+        if self.trainer is not None and not self.trainer.training:
+            return
+        saved = state_dict["settings"]
+        changed = [
+            f"{name} = {saved.get(name)!r} (now {value!r})"
+            for name, value in self._settings().items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            rank_zero_warn(
+                f"The checkpoint was trained with {', '.join(changed)}: "
+                "from here on the tasks are those of this run's settings."
+            )
+        if state_dict["position"] is not None:
+            self.train_dataloader().load_state_dict(state_dict["position"])
+
+    def _settings(self) -> dict[str, int | float]:
+        return {
+            **dataclasses.asdict(self.spec),
+            "meta_batch_size": self.meta_batch_size,
+            "train_tasks_per_epoch": self.train_tasks_per_epoch,
+            "val_tasks": self.val_tasks,
+            "test_tasks": self.test_tasks,
+            "seed": self.seed,
+        }
+
+    @property
+    def _worker_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": self.num_workers > 0 and torch.cuda.is_available(),
+        }
+
+    def _new_train_loader(self) -> ResumableLoader:
+        return ResumableLoader(
+            self._dataset("train", self.train_tasks_per_epoch),
+            self._shard(self.train_tasks_per_epoch),
+            trainer=self.trainer,
+            **self._worker_options,
+        )
+
+    def _dataset(self, stream: Stream, num_tasks: int) -> TaskDataset:
+        return TaskDataset(
+            self.spec, seed=self.seed, stream=stream, num_tasks=num_tasks, sample=self.num_workers > 0
+        )
+
+    def _shard(self, num_tasks: int) -> Shard:
+        trainer = self.trainer
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        if self.meta_batch_size % world_size:
+            raise ValueError(
+                f"meta_batch_size = {self.meta_batch_size} does not divide over {world_size} ranks: "
+                f"make it a multiple of {world_size}"
+            )
+        return Shard(num_tasks, self.meta_batch_size, rank=rank, world_size=world_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loader import BatchIndex, BatchLoader, ResumableLoader, Shard
+from theria.cuda_graph import CapturedFunction
 from theria.tasks.synthetic_seqcls import SeqClsSpec, Stream, TaskBatch, sample_tasks
 
 
@@ -79,6 +80,8 @@ class SyntheticSeqCls(LightningDataModule):
         test_tasks: test tasks.
         seed: of all tasks, in [0, 2^64).
         num_workers: processes that make tasks; 0 makes them on the training device.
+        cuda_graph: on a CUDA device, make training tasks by replaying a CUDA graph. A batch is then
+            overwritten by the next one.
 
     Raises:
         ValueError: a value is impossible; the message names it.
@@ -99,9 +102,10 @@ class SyntheticSeqCls(LightningDataModule):
         test_tasks: int = 640,
         seed: int = 0,
         num_workers: int = 0,
+        cuda_graph: bool = True,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["cuda_graph"])
         self.spec = SeqClsSpec(
             length=length,
             width=width,
@@ -132,6 +136,8 @@ class SyntheticSeqCls(LightningDataModule):
         self.test_tasks = test_tasks
         self.seed = seed
         self.num_workers = num_workers
+        self.cuda_graph = cuda_graph
+        self._captured: CapturedFunction[TaskBatch] | None = None
         self._train_loader: ResumableLoader | None = None
 
     def setup(self, stage: str) -> None:
@@ -174,7 +180,10 @@ class SyntheticSeqCls(LightningDataModule):
         """Tasks for the numbers that came over; anything else passes."""
         if not isinstance(batch, TaskRequest):
             return batch
-        tasks = make_tasks(self.spec, self.seed, batch)
+        if self.cuda_graph and batch.stream == "train" and batch.task_ids.is_cuda:
+            tasks = self._replayed(batch)
+        else:
+            tasks = make_tasks(self.spec, self.seed, batch)
         # Lightning converts to the trainer's precision before the transfer, when there were no tasks yet.
         return tasks if self.trainer is None else self.trainer.precision_plugin.convert_input(tasks)
 
@@ -206,6 +215,16 @@ class SyntheticSeqCls(LightningDataModule):
             )
         if state_dict["position"] is not None:
             self.train_dataloader().load_state_dict(state_dict["position"])
+
+    def _replayed(self, request: TaskRequest) -> TaskBatch:
+        inputs = (request.epoch, request.task_ids)
+        if self._captured is None or not self._captured.fits(inputs):
+
+            def make(epoch: Tensor, task_ids: Tensor) -> TaskBatch:
+                return make_tasks(self.spec, self.seed, TaskRequest("train", epoch, task_ids))
+
+            self._captured = CapturedFunction(make, inputs)
+        return self._captured(*inputs)
 
     def _settings(self) -> dict[str, int | float]:
         return {

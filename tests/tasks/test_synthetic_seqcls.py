@@ -311,12 +311,13 @@ def test_impossible_requests_are_refused_by_name(changes: dict[str, Any], messag
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_tasks_on_cuda_agree_with_the_cpu_and_never_synchronise() -> None:
     ids = torch.arange(16)
     expected = sample(SeqClsSpec(), ids, epoch=3)
     ids_cuda, epoch_cuda = ids.cuda(), torch.tensor(3, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         batch = sample(SeqClsSpec(), ids_cuda, epoch=epoch_cuda)
     finally:
         torch.cuda.set_sync_debug_mode("default")

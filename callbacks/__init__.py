@@ -4,5 +4,18 @@ from callbacks.attention_grad_logger import AttentionGradLogger
 from callbacks.cuda_memory_stats import CUDAMemoryStats
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
+from callbacks.optimizer_values import ConfiguredOptimizerValues
+from callbacks.progress import StepProgressBar
+from callbacks.resumable_checkpoint import ResumableCheckpoint
+from callbacks.rng_state import RNGState
 
-__all__ = ["AttentionGradLogger", "CUDAMemoryStats", "MetricsJSONL", "read_metrics"]
+__all__ = [
+    "AttentionGradLogger",
+    "CUDAMemoryStats",
+    "ConfiguredOptimizerValues",
+    "MetricsJSONL",
+    "RNGState",
+    "ResumableCheckpoint",
+    "StepProgressBar",
+    "read_metrics",
+]

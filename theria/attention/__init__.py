@@ -1,0 +1,30 @@
+"""Scaled dot-product attention whose derivatives of every order are exact, over exchangeable backends.
+
+Callers use ``scaled_dot_product_attention`` alone. A backend is one function (the protocol
+``AttentionBackend``), registered here under a name, and may say through its ``supports`` which calls it
+cannot do. ``reference`` is the specification that every other backend is tested against.
+"""
+
+from theria.attention.api import resolve_backend, scaled_dot_product_attention
+from theria.attention.call import AttentionCall
+from theria.attention.reference import reference_attention
+from theria.attention.registry import (
+    AttentionBackend,
+    available_backends,
+    check_backend_name,
+    register_backend,
+    registered_backend,
+)
+
+register_backend("reference", reference_attention)
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionCall",
+    "available_backends",
+    "check_backend_name",
+    "register_backend",
+    "registered_backend",
+    "resolve_backend",
+    "scaled_dot_product_attention",
+]

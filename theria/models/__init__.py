@@ -1,0 +1,1 @@
+"""Models that theria trains: plain ``torch.nn`` modules, free of Lightning."""

@@ -1,9 +1,11 @@
 """What every benchmark says about where its figures come from, and how it fits growth."""
 
+import itertools
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ import torch
 def provenance(module: str) -> str:
     """Markdown lines naming the command, the device, its threads and the versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    # the report says how to make it where it is kept, whichever directory this run writes to
+    shown = [f"docs/results/{Path(b).name}" if a == "--out" else b for a, b in itertools.pairwise(sys.argv)]
+    command = shlex.join(["python", "-m", module, *shown])
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     threads = f"{torch.get_num_threads()} CPU threads"
     return f"Command: `{command}`  \nDevice: {device}, {threads}  \nVersions: {versions}\n"

@@ -8,6 +8,7 @@ Every run is one Lightning fit of `MetaSeqClassifier`; the configuration is that
 
 import argparse
 import itertools
+import logging
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     keep_freed_memory()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options = {"device": args.device, "absorb_projections": args.absorb_projections}
     modes = ("FULL", "FO")
     grid = [

@@ -1,5 +1,7 @@
 """Captured functions: the same numbers as eager ones, and no stale memory."""
 
+import gc
+
 import pytest
 import torch
 
@@ -49,3 +51,26 @@ def test_moved_parameters_and_other_shapes_are_refused():
     weight.data = weight.data.clone()
     with pytest.raises(ValueError, match="a parameter moved after the capture"):
         captured(torch.ones(3, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_graphs_that_became_garbage_do_not_disturb_a_capture():
+    class Owner:
+        def __init__(self) -> None:
+            self.captured = CapturedFunction(torch.neg, [torch.ones(3, device="cuda")])
+            self.itself = self
+
+    def allocating(x):
+        for _ in range(5000):
+            [[] for _ in range(10)]
+        return x + 1
+
+    thresholds = gc.get_threshold()
+    try:
+        gc.set_threshold(10, 1, 1)
+        for _ in range(3):
+            Owner()
+            x = torch.ones(3, device="cuda")
+            assert torch.equal(CapturedFunction(allocating, [x])(x), x + 1)
+    finally:
+        gc.set_threshold(*thresholds)

@@ -1,6 +1,8 @@
 """A function of tensors as one CUDA graph: no launch overhead, the same kernels, the same numbers."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -48,7 +50,7 @@ class CapturedFunction(Generic[Result]):
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # other threads (a collective's watchdog, a data loader's pinning) may talk to the device meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with _no_garbage_collection(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._result = function(*self._static)
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
@@ -70,6 +72,19 @@ class CapturedFunction(Generic[Result]):
             static.copy_(new)
         self._graph.replay()
         return self._result
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect now and not for a while: a graph that is collected during a capture invalidates it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _describe(t: Tensor) -> str:

@@ -5,7 +5,7 @@ from theria.attention.masks import visible_keys
 
 
 def drawn(queries, keys, **options):
-    mask = visible_keys(queries, keys, **{"window": None, "causal_alignment": "upper_left", **options})
+    mask = visible_keys(queries, keys, **{"window": None, "offset": 0, **options})
     return ["".join("x" if seen else "." for seen in row) for row in mask.tolist()]
 
 
@@ -14,12 +14,12 @@ def drawn(queries, keys, **options):
     [
         (3, 3, {}, ["x..", "xx.", "xxx"]),
         (2, 4, {}, ["x...", "xx.."]),
-        (2, 4, {"causal_alignment": "lower_right"}, ["xxx.", "xxxx"]),
+        (2, 4, {"offset": 2}, ["xxx.", "xxxx"]),
         (4, 2, {}, ["x.", "xx", "xx", "xx"]),
-        (4, 2, {"causal_alignment": "lower_right"}, ["..", "..", "x.", "xx"]),
+        (4, 2, {"offset": -2}, ["..", "..", "x.", "xx"]),
         (4, 4, {"window": 2}, ["x...", "xx..", ".xx.", "..xx"]),
         (3, 3, {"window": 1}, ["x..", ".x.", "..x"]),
-        (2, 5, {"window": 2, "causal_alignment": "lower_right"}, ["..xx.", "...xx"]),
+        (2, 5, {"window": 2, "offset": 3}, ["..xx.", "...xx"]),
         (5, 2, {"window": 2}, ["x.", "xx", ".x", "..", ".."]),
         (3, 3, {"window": 99}, ["x..", "xx.", "xxx"]),
     ],
@@ -30,6 +30,6 @@ def test_mask_as_drawn(queries, keys, options, expected):
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
 def test_empty_sides_give_empty_masks(queries, keys):
-    mask = visible_keys(queries, keys, window=2, causal_alignment="lower_right")
+    mask = visible_keys(queries, keys, window=2, offset=keys - queries)
     assert mask.shape == (queries, keys)
     assert mask.dtype == torch.bool

@@ -7,6 +7,8 @@ cannot do. ``reference`` is the specification that every other backend is tested
 
 from theria.attention.api import resolve_backend, scaled_dot_product_attention
 from theria.attention.call import AttentionCall
+from theria.attention.custom import CustomOperators
+from theria.attention.fused import backend_over
 from theria.attention.reference import reference_attention
 from theria.attention.registry import (
     AttentionBackend,
@@ -17,6 +19,7 @@ from theria.attention.registry import (
 )
 
 register_backend("reference", reference_attention)
+register_backend("custom", backend_over(CustomOperators()))
 
 __all__ = [
     "AttentionBackend",

@@ -103,6 +103,11 @@ def describe_call(
     )
 
 
+def diagonal_offset(queries: int, keys: int, alignment: CausalAlignment) -> int:
+    """The key that the first query stands at: 0, or keys - queries where the last stands at the last."""
+    return keys - queries if alignment == "lower_right" else 0
+
+
 def autocasts(device_type: str) -> bool:
     """True where attention on this type of device is called under ``torch.autocast``."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

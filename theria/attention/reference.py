@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from theria.attention.call import CausalAlignment
+from theria.attention.call import CausalAlignment, diagonal_offset
 from theria.attention.masks import visible_keys
 
 
@@ -44,9 +44,9 @@ def reference_attention(
     value = value.reshape(batch, keys, value_dim)
 
     if is_causal:
-        visible = visible_keys(
-            queries, keys, window=window, causal_alignment=causal_alignment, device=query.device
-        ).repeat(sharing, 1)
+        offset = diagonal_offset(queries, keys, causal_alignment)
+        visible = visible_keys(queries, keys, window=window, offset=offset, device=query.device)
+        visible = visible.repeat(sharing, 1)
         dead = ~visible.any(dim=1, keepdim=True)
         # The softmax of a row of nothing but -inf is NaN, and so are its derivatives: masking would hide
         # them, not from anomaly detection. Dead rows keep finite scores and are cleared afterwards.

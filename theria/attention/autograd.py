@@ -1,0 +1,264 @@
+"""One chain of autograd functions that makes any operator set differentiable, exactly, to any order.
+
+    function       of                            backward                      jvp
+    Attention      q, k, v                       AttentionVJP                  AttentionJVP
+    AttentionVJP   q, k, v, dO                   AttentionHVP                  AttentionHVP + AttentionVJP
+    AttentionJVP   q, k, v, a, b, c              AttentionHVP, AttentionVJP    formulas of ``custom``
+    AttentionHVP   q, k, v, dO, a, b, c          formulas of ``custom``        formulas of ``custom``
+
+Every derivative up to the second is therefore a launch of an operator, whichever way it is taken: reverse
+over reverse, forward over reverse or reverse over forward; of forward over forward, the first. lse and O
+travel with q, k and v so that no operator computes them twice; to autograd they are constants, because each
+function's derivative already is the total one by q, k and v. What is differentiated once more than the
+operators reach recomputes them from q, k and v.
+
+A function that launched its backward's kernels directly would return gradients without a graph, and
+``create_graph=True`` would be answered by first-order gradients without a word.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from theria.attention.custom import CustomOperators
+from theria.attention.operators import AttentionOperators, Band, Gradients, Key, LogSumExp, Out, Query, Value
+
+_FORMULAS = CustomOperators()
+
+
+def differentiable_attention(
+    query: Query, key: Key, value: Value, operators: AttentionOperators, band: Band
+) -> tuple[Out, LogSumExp]:
+    """O and lse of attention over ``operators``, differentiable in O by query, key and value.
+
+    Works under ``backward``, ``torch.autograd`` with ``create_graph``, forward mode, and ``torch.func``'s
+    grad, jvp and vmap in any nesting.
+    """
+    return Attention.apply(query, key, value, operators, band)
+
+
+class _Operator(Function):
+    """What the four functions share: the trailing (operators, band), and batching by stacking batches."""
+
+    @classmethod
+    def batched(cls, info: Any, in_dims: tuple[int | None, ...], args: Sequence[Any]) -> Any:
+        """Fold the mapped dimension of every tensor into its batch dimension, apply, and unfold."""
+        size = info.batch_size
+        tensors = [_fold(t, dim, size) for t, dim in zip(args[:-2], in_dims[:-2], strict=True)]
+        outputs = cls.apply(*tensors, *args[-2:])
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (size, -1)), 0
+        return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
+
+
+class Attention(_Operator):
+    """(q, k, v) -> (O, lse); lse is not differentiable."""
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, operators: AttentionOperators, band: Band) -> Any:
+        return operators.forward(query, key, value, band)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        query, key, value, ctx.operators, ctx.band = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_forward(query, key, value, out, lse)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> Any:
+        return (
+            *AttentionVJP.apply(*_constant_tail(ctx.saved_tensors), cotangent, ctx.operators, ctx.band),
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        saved = _constant_tail(ctx.saved_tensors)
+        moved = _materialise(tangents[:3], saved[:3])
+        return AttentionJVP.apply(*saved, *moved, ctx.operators, ctx.band), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return Attention.batched(info, in_dims, args)
+
+
+class AttentionVJP(_Operator):
+    """(q, k, v, out, lse, dO) -> (dQ, dK, dV)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, operators, band = args
+        return tuple(operators.vjp(*tensors, band))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.operators, ctx.band = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        *grads, grad_cotangent = AttentionHVP.apply(*ctx.saved_tensors, *cotangents, ctx.operators, ctx.band)
+        return *grads, None, None, grad_cotangent, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        *primals, cotangent = ctx.saved_tensors
+        moved = _materialise((*tangents[:3], tangents[5]), (*primals[:3], cotangent))
+        tail = (ctx.operators, ctx.band)
+        curved = AttentionHVP.apply(*primals, cotangent, *moved[:3], *tail)[:3]
+        linear = AttentionVJP.apply(*primals, moved[3], *tail)
+        return tuple(Formula.apply(torch.add, a, b) for a, b in zip(curved, linear, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return AttentionVJP.batched(info, in_dims, args)
+
+
+class AttentionJVP(_Operator):
+    """(q, k, v, out, lse, a, b, c) -> U."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, operators, band = args
+        return operators.jvp(*tensors[:5], Gradients(*tensors[5:]), band)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.operators, ctx.band = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        primals, moved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        tail = (ctx.operators, ctx.band)
+        curved = AttentionHVP.apply(*primals, cotangent, *moved, *tail)[:3]
+        linear = AttentionVJP.apply(*primals, cotangent, *tail)
+        return *curved, None, None, *linear, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        primals, moved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        directions = _materialise((*tangents[:3], *tangents[5:8]), (*primals[:3], *moved))
+        return _pushforward(_jvp_from_scratch(ctx.band), (*primals[:3], *moved), directions)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return AttentionJVP.batched(info, in_dims, args)
+
+
+class AttentionHVP(_Operator):
+    """(q, k, v, out, lse, dO, a, b, c) -> (gQ, gK, gV, gdO)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, operators, band = args
+        return tuple(operators.hvp(*tensors[:6], Gradients(*tensors[6:]), band))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        query, key, value, _, _, *rest, _, ctx.band = inputs
+        ctx.save_for_backward(query, key, value, *rest)
+        ctx.save_for_forward(query, key, value, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        pull = torch.func.vjp(_hvp_from_scratch(ctx.band), *ctx.saved_tensors)[1]
+        query, key, value, *rest = pull(cotangents)
+        return query, key, value, None, None, *rest, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        directions = _materialise((*tangents[:3], *tangents[5:9]), ctx.saved_tensors)
+        return _pushforward(_hvp_from_scratch(ctx.band), ctx.saved_tensors, directions)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return AttentionHVP.batched(info, in_dims, args)
+
+
+class Formula(Function):
+    """(function, *tensors) -> function(*tensors), for a function made of tensor operations.
+
+    While it runs a Function's ``jvp``, torch switches forward mode off for tensor operations, for all
+    nested levels, so that a third nested jvp would come out zero; but it follows a Function. A jvp that
+    needs tensor operations therefore wraps them in this one, whose own ``jvp`` is again of its kind.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[..., Any], *tensors: Tensor) -> Any:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        output, pull = torch.func.vjp(ctx.function, *ctx.saved_tensors)[:2]
+        return None, *pull(cotangents[0] if isinstance(output, Tensor) else cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Any) -> Any:
+        return _pushforward(ctx.function, ctx.saved_tensors, _materialise(tangents, ctx.saved_tensors))
+
+
+def _pushforward(
+    function: Callable[..., Any], primals: Sequence[Tensor], directions: Sequence[Tensor]
+) -> Any:
+    """The derivative of ``function`` at ``primals`` along ``directions``, itself differentiable."""
+    count = len(primals)
+
+    def derivative(*tensors: Tensor) -> Any:
+        return torch.func.jvp(function, tensors[:count], tensors[count:])[1]
+
+    return Formula.apply(derivative, *primals, *directions)
+
+
+def _jvp_from_scratch(band: Band) -> Callable[..., Tensor]:
+    """U as a function of q, k, v and the tangents alone, traceable by autograd."""
+
+    def compute(query: Tensor, key: Tensor, value: Tensor, *tangents: Tensor) -> Tensor:
+        out, lse = _FORMULAS.forward(query, key, value, band)
+        return _FORMULAS.jvp(query, key, value, out, lse, Gradients(*tangents), band)
+
+    return compute
+
+
+def _hvp_from_scratch(band: Band) -> Callable[..., tuple[Tensor, ...]]:
+    """The curvature as a function of q, k, v, dO and (a, b, c) alone, traceable by autograd."""
+
+    def compute(
+        query: Tensor, key: Tensor, value: Tensor, cotangent: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        out, lse = _FORMULAS.forward(query, key, value, band)
+        return tuple(_FORMULAS.hvp(query, key, value, out, lse, cotangent, Gradients(*rest), band))
+
+    return compute
+
+
+def _constant_tail(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """q, k and v as they are; out and lse cut from whatever graph they hang on."""
+    query, key, value, out, lse = saved
+    return query, key, value, out.detach(), lse.detach()
+
+
+def _materialise(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, like, strict=True)]
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim is None:
+        return tensor.unsqueeze(0).expand(size, *tensor.shape).flatten(0, 1)
+    return tensor.movedim(dim, 0).flatten(0, 1)

@@ -1,0 +1,137 @@
+"""The attention operators in plain tensor operations: the formulas as written, at quadratic memory.
+
+Every function here is itself differentiable by autograd when ``lse`` and ``out`` were computed from the same
+query, key and value under autograd, which is how orders beyond the operators' own are reached.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from theria.attention.masks import visible_keys
+from theria.attention.operators import (
+    Band,
+    Curvature,
+    Gradients,
+    Key,
+    LogSumExp,
+    Out,
+    Query,
+    Value,
+)
+
+Scores = Float[Tensor, "batch kv_heads rows keys"]
+
+
+class CustomOperators:
+    """`theria.attention.operators.AttentionOperators` in tensor operations, for any float type and device."""
+
+    def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
+        """O = P V and lse."""
+        q, k, v = _grouped(query, key), _wide(key), _wide(value)
+        scores, dead = _scores(q, k, query.shape[-2], band)
+        # a dead row's own maximum is -inf: give it finite scores first, and its meaning afterwards
+        alive = scores if dead is None else scores.masked_fill(dead, 0.0)
+        lse = torch.logsumexp(alive, dim=-1)
+        if dead is not None:
+            lse = lse.masked_fill(dead.squeeze(-1), math.inf)
+        out = torch.exp(scores - lse.unsqueeze(-1)) @ v
+        return _ungrouped(out, query).to(query.dtype), lse.reshape(query.shape[:-1])
+
+    def vjp(
+        self, query: Query, key: Key, value: Value, out: Out, lse: LogSumExp, cotangent: Out, band: Band
+    ) -> Gradients:
+        """Gradient of <dO, O>."""
+        q, k, v = _grouped(query, key), _wide(key), _wide(value)
+        o, do = _grouped(out, key), _grouped(cotangent, key)
+        p = _probabilities(q, k, lse, query.shape[-2], band)
+        ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True))
+        return Gradients(
+            _ungrouped(band.scale * ds @ k, query).to(query.dtype),
+            (band.scale * ds.mT @ q).to(key.dtype),
+            (p.mT @ do).to(value.dtype),
+        )
+
+    def jvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        tangents: Gradients,
+        band: Band,
+    ) -> Out:
+        """Derivative of O along the tangents."""
+        q, k, v, o = _grouped(query, key), _wide(key), _wide(value), _grouped(out, key)
+        a, b, c = _grouped(tangents.query, key), _wide(tangents.key), _wide(tangents.value)
+        p = _probabilities(q, k, lse, query.shape[-2], band)
+        pt = p * (band.scale * (a @ k.mT + q @ b.mT))
+        u = pt @ v - pt.sum(-1, keepdim=True) * o + p @ c
+        return _ungrouped(u, query).to(query.dtype)
+
+    def hvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        cotangent: Out,
+        cotangents: Gradients,
+        band: Band,
+    ) -> Curvature:
+        """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
+        q, k, v = _grouped(query, key), _wide(key), _wide(value)
+        o, do = _grouped(out, key), _grouped(cotangent, key)
+        a, b, c = _grouped(cotangents.query, key), _wide(cotangents.key), _wide(cotangents.value)
+        p = _probabilities(q, k, lse, query.shape[-2], band)
+        t = band.scale * (a @ k.mT + q @ b.mT)
+        m = (p * t).sum(-1, keepdim=True)
+        u = (p * t) @ v - m * o + p @ c
+        dp = do @ v.mT
+        d = (do * o).sum(-1, keepdim=True)
+        e = (do * u).sum(-1, keepdim=True)
+        ds = p * (dp - d)
+        w = p * (do @ c.mT + (dp - d) * t - m * dp - (e - m * d))
+        return Curvature(
+            _ungrouped(band.scale * (ds @ b + w @ k), query).to(query.dtype),
+            (band.scale * (ds.mT @ a + w.mT @ q)).to(key.dtype),
+            ((p * (t - m)).mT @ do).to(value.dtype),
+            _ungrouped(u, query).to(query.dtype),
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the type that is computed in: float32 for half precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _grouped(tensor: Tensor, key: Tensor) -> Float[Tensor, "batch kv_heads rows width"]:
+    """The queries of all heads that share a key-value head, as the rows of one matrix."""
+    batch, heads, queries, width = tensor.shape
+    kv_heads = key.shape[1]
+    return _wide(tensor).reshape(batch, kv_heads, heads // kv_heads * queries, width)
+
+
+def _ungrouped(tensor: Float[Tensor, "batch kv_heads rows width"], query: Query) -> Tensor:
+    return tensor.reshape(*query.shape[:-1], tensor.shape[-1])
+
+
+def _scores(q: Tensor, k: Tensor, queries: int, band: Band) -> tuple[Scores, Tensor | None]:
+    """S with -inf where a query does not see a key, and which rows see none (None where all see all)."""
+    scores = band.scale * q @ k.mT
+    if not band.causal:
+        return scores, None
+    visible = visible_keys(queries, k.shape[-2], window=band.window, offset=band.offset, device=q.device)
+    visible = visible.repeat(q.shape[-2] // queries, 1)
+    return scores.masked_fill(~visible, -math.inf), ~visible.any(-1, keepdim=True).expand(
+        *scores.shape[:-1], 1
+    )
+
+
+def _probabilities(q: Tensor, k: Tensor, lse: LogSumExp, queries: int, band: Band) -> Scores:
+    scores, _ = _scores(q, k, queries, band)
+    return torch.exp(scores - lse.reshape(scores.shape[:-1]).unsqueeze(-1))

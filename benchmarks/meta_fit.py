@@ -2,8 +2,8 @@
 
     python -m benchmarks.meta_fit --accelerator gpu --out docs/results/meta_fit_h200.md
 
-Steps are timed by the run itself (``perf/step_seconds``, wall clock from step to step); the first hundred, in which
-it captures and warms up, are left out, and so is validation.
+Steps are timed by the run itself (``perf/step_seconds``, wall clock from step to step). The first hundred, in
+which it captures and warms up, are left out, and so is validation.
 """
 
 import argparse

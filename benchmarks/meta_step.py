@@ -60,10 +60,9 @@ def contenders(
     inner_steps: int,
 ) -> dict[str, Callable[[], object]]:
     """Every way to the same meta-gradient, by name; the loop is the peer."""
-    shared = {"mode": mode, "inner_steps": inner_steps}
-    batched = partial(meta_gradient, inner_lr=INNER_LR, **shared)
+    batched = partial(meta_gradient, mode=mode, inner_steps=inner_steps, inner_lr=INNER_LR)
     ways: dict[str, Callable[[], object]] = {
-        "loop": partial(looped_meta_gradient, plain, *data, **shared),
+        "loop": partial(looped_meta_gradient, plain, *data, mode=mode, inner_steps=inner_steps),
         "unrolled": partial(batched, plain, *data),
         "unrolled, absorbed": partial(batched, absorbed, *data),
         "sweep": partial(batched, plain, *data, strategy="sweep"),

@@ -2,14 +2,17 @@
 
 import time
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.metrics import MeanOverTasks
 from lightning_modules.step_metrics import StepMetrics
 from theria.cuda_graph import CapturedFunction
@@ -108,11 +111,18 @@ class MetaSeqClassifier(LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise MisconfigurationException(
+                "ReduceLROnPlateau waits for a metric, but the scheduler steps once an outer step without one"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_fit_start(self) -> None:
-        """A graph captured in an earlier fit reads parameters where they no longer stand."""
+        """Forget the graph of an earlier fit, which reads parameters where they no longer stand."""
         self._captured = None
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.step_metrics.reduce = self._mean_over_ranks if self.trainer.world_size > 1 else None
 
     def on_train_start(self) -> None:
@@ -122,7 +132,7 @@ class MetaSeqClassifier(LightningModule):
     def training_step(self, batch: TaskBatch, batch_idx: int) -> None:
         """One outer step on one meta-batch."""
         result = self.meta_gradient(batch)
-        optimizer = self.optimizers()
+        optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
         named = [(name, p) for name, p in self.model.named_parameters() if name in result.grads]
         surrogate = torch.dot(
@@ -132,7 +142,7 @@ class MetaSeqClassifier(LightningModule):
         self.manual_backward(surrogate)
         optimizer.step()
         if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()
+            cast(LRScheduler, scheduler).step()
         self.step_metrics.append(self.trainer.global_step, self._row(result, optimizer.param_groups[0]["lr"]))
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
@@ -152,7 +162,8 @@ class MetaSeqClassifier(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Show the step's values on the steps the trainer logs."""
         stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        if (stepped + 1) % (self.trainer.log_every_n_steps or 1) != 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's body
+        if (stepped + 1) % (every or 1) != 0:
             return
         self.step_metrics.flush()
         row = self.step_metrics.last
@@ -239,4 +250,4 @@ class MetaSeqClassifier(LightningModule):
         return row | {"step_seconds": seconds, "learning_rate": learning_rate}
 
     def _mean_over_ranks(self, rows: Tensor) -> Tensor:
-        return self.all_gather(rows).mean(0)
+        return cast(Tensor, self.all_gather(rows)).mean(0)

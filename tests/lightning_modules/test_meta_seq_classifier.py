@@ -135,6 +135,14 @@ def test_evaluation_reports_means_and_intervals_over_all_tasks(stage):
     assert logged[f"{stage}/query_accuracy_ci95"] == pytest.approx(half, rel=1e-6)
 
 
+def test_a_second_validation_forgets_the_first():
+    runner, fitted = trainer(limit_val_batches=None), module()
+    runner.validate(fitted, datamodule=data(seed=1), verbose=False)
+    (second,) = runner.validate(fitted, datamodule=data(), verbose=False)
+    (alone,) = trainer(limit_val_batches=None).validate(module(), datamodule=data(), verbose=False)
+    assert second == alone
+
+
 class CountTensors(Callback):
     """Live tensors after some validation batches."""
 

@@ -6,11 +6,32 @@ loggers' step moves by one. `normalise` rewrites the counters of a checkpoint th
 training resumed from it does what the uninterrupted run did next.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 Counters = dict[str, Any]
+
+
+def call_between_batches(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Call `action` after every training batch, once it is validated and its metrics are with the loggers.
+
+    None of Lightning's hooks comes there: the loggers get a batch's metrics after the last of its hooks.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    finish_batch = loop.on_advance_end
+
+    def on_advance_end(data_fetcher: Any) -> None:
+        finish_batch(data_fetcher)
+        action()
+
+    loop.__dict__["on_advance_end"] = on_advance_end
+
+
+def call_nothing_between_batches(trainer: Trainer) -> None:
+    """Undo every `call_between_batches`."""
+    trainer.fit_loop.epoch_loop.__dict__.pop("on_advance_end", None)
 
 
 def validation_is_due(trainer: Trainer) -> bool:
@@ -51,7 +72,8 @@ def normalise(trainer: Trainer, fit_loop: Counters) -> None:
     logged = fit_loop["epoch_loop.state_dict"]
     epoch = fit_loop["epoch_progress"]["current"]
 
-    _fill(validation["total"], validation["total"]["completed"])
+    for counters in (validation["total"], validation["current"]):
+        _fill(counters, 0)
     if epoch["processed"] == epoch["ready"]:
         _begin_next_epoch(fit_loop)
         return
@@ -72,9 +94,7 @@ def normalise(trainer: Trainer, fit_loop: Counters) -> None:
         counters["completed"] = counters["processed"] - open_batch
     if pending:
         # The counters of a validation that stopped inside its first batch.
-        _fill(validation["current"], 0)
-        validation["total"]["ready"] += 1
-        validation["total"]["started"] += 1
+        validation["total"]["ready"] = validation["total"]["started"] = 1
 
 
 def take_up_epoch(trainer: Trainer) -> None:

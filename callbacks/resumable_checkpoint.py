@@ -1,5 +1,6 @@
 """Checkpoints from which training goes on exactly, under manual optimisation as under automatic."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,9 @@ CHECKPOINT_NAME = re.compile(r"step_(\d+)\.ckpt")
 class ResumableCheckpoint(Checkpoint):
     """Saves `checkpoints/step_<step>.ckpt` in the run directory every n steps and where training ends.
 
-    A step that is validated is saved after its validation, any other at the end of its batch. A run that
-    resumes from any of these files repeats no batch and no validation and leaves none out, in the middle
-    of an epoch and at its end. Before each file is written, the loggers write what they hold.
+    A step is saved once it is validated, where it is, and logged. A run that resumes from any of these files
+    repeats no batch, no validation and no logged row and leaves none out, in the middle of an epoch and at
+    its end.
 
     SIGTERM leaves a checkpoint of the last finished step, and so does Ctrl-C inside a validation; in the
     middle of a step there is nothing from which training could go on exactly, so no other exception
@@ -69,8 +70,8 @@ class ResumableCheckpoint(Checkpoint):
 
     @property
     def state_key(self) -> str:
-        """Of its own for each metric and directory, so that several of these may be used together."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode, dirpath=self.dirpath)
+        """Of its own for each metric, so that several of these may be used together."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     @property
     def best_model_path(self) -> str:
@@ -124,30 +125,23 @@ class ResumableCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the epoch where it was left."""
         loop_state.take_up_epoch(trainer)
+        loop_state.call_between_batches(trainer, functools.partial(self._save_if_due, trainer))
         trainer.callback_metrics.update(self._metrics)
         self._saved_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save a step that is due and will not be validated; SIGTERM may keep its validation from coming."""
-        terminated = trainer.world_size == 1 and trainer.received_sigterm
-        if terminated or (self._is_due(trainer) and not loop_state.validation_is_due(trainer)):
-            self._save(trainer)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save a step that is due or among the best, now that it is validated."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if self._is_among_best(trainer) or self._is_due(trainer):
-            self._save(trainer)
+        """Rank the validated step."""
+        if self.monitor is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._rank(trainer, self.monitor)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step if nothing told beforehand that it would be."""
+        loop_state.call_nothing_between_batches(trainer)
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last finished step where training stands between two steps."""
+        loop_state.call_nothing_between_batches(trainer)
         if trainer.world_size > 1 or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
@@ -155,25 +149,23 @@ class ResumableCheckpoint(Checkpoint):
         if stopped and (between_batches or loop_state.inside_validation(trainer)):
             self._save(trainer)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        return trainer.global_step % self.every_n_steps == 0 or loop_state.is_last_batch_of_training(trainer)
+    def _save_if_due(self, trainer: Trainer) -> None:
+        due = trainer.global_step % self.every_n_steps == 0
+        best = _file_name(trainer) in self._scores
+        if due or best or loop_state.is_last_batch_of_training(trainer):
+            self._save(trainer)
 
-    def _is_among_best(self, trainer: Trainer) -> bool:
-        if self.monitor is None:
-            return False
-        value = trainer.callback_metrics.get(self.monitor)
+    def _rank(self, trainer: Trainer, monitor: str) -> None:
+        value = trainer.callback_metrics.get(monitor)
         if value is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} monitors {self.monitor!r}, which validation did not log; it logged "
+                f"{type(self).__name__} monitors {monitor!r}, which validation did not log; it logged "
                 f"{sorted(trainer.callback_metrics)}"
             )
-        name = _file_name(trainer)
-        self._scores[name] = float(value)
-        ranked = self._ranked()[: self.save_top_k]
         # Values may differ over ranks, the decision must not: saving is a collective call.
-        ranked = trainer.strategy.broadcast(ranked)
-        self._scores = {kept: self._scores.get(kept, float(value)) for kept in ranked}
-        return name in ranked
+        score = trainer.strategy.broadcast(float(value))
+        self._scores[_file_name(trainer)] = score
+        self._scores = {name: self._scores[name] for name in self._ranked()[: self.save_top_k]}
 
     def _ranked(self) -> list[str]:
         """The names of scored checkpoints, the best first and of equals the earliest; NaN is never good."""

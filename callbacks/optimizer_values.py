@@ -51,10 +51,16 @@ class ConfiguredOptimizerValues(Callback):
         for optimizer, then_groups, now_groups in zip(
             trainer.optimizers, groups, now["optimizers"], strict=False
         ):
+            # Groups may share one tensor, so the restored rates are read before any is set.
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
             for index, (then, configured) in enumerate(zip(then_groups, now_groups, strict=False)):
                 owner = f"{type(optimizer).__name__}, parameter group {index}"
                 for name, value in _changed(owner, then, configured):
-                    _set_in_group(trainer, optimizer, index, name, then.get(name), value)
+                    if name == "lr":
+                        moved = _moved_alike(rates[index], then.get(name), value)
+                        _set_learning_rate(trainer, optimizer, index, moved, value)
+                    else:
+                        _set_in_group(optimizer, index, name, value)
         for config, then, configured in zip(
             trainer.lr_scheduler_configs, recorded.get("schedulers", []), now["schedulers"], strict=False
         ):
@@ -97,33 +103,32 @@ def _changed(owner: str, then: Values, now: Values) -> Iterator[tuple[str, Any]]
             yield name, value
 
 
-def _set_in_group(
-    trainer: Trainer, optimizer: Optimizer, index: int, name: str, then: Any, value: Any
+def _moved_alike(restored: float, then: float | None, now: float) -> float:
+    """The new rate, moved from its configured value by as much as a scheduler had moved the old one."""
+    return now * restored / then if then and restored != then else now
+
+
+def _set_learning_rate(
+    trainer: Trainer, optimizer: Optimizer, index: int, rate: float, configured: float
 ) -> None:
     group = optimizer.param_groups[index]
-    if name == "lr":
-        _set_learning_rate(trainer, optimizer, index, then, value)
-    else:
-        _assign(group, name, value)
+    _assign(group, "lr", rate)
+    if "initial_lr" in group:
+        _assign(group, "initial_lr", configured)
+    for config in trainer.lr_scheduler_configs:
+        if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
+            config.scheduler.base_lrs[index] = configured
+
+
+def _set_in_group(optimizer: Optimizer, index: int, name: str, value: Any) -> None:
+    group = optimizer.param_groups[index]
+    _assign(group, name, value)
     if name in ("capturable", "fused") and value:
         # These keep their step counters on the device of the parameters, where the restored ones may not be.
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(parameter.device)
-
-
-def _set_learning_rate(
-    trainer: Trainer, optimizer: Optimizer, index: int, then: float | None, value: float
-) -> None:
-    group = optimizer.param_groups[index]
-    current = float(group["lr"])
-    _assign(group, "lr", value * current / then if then and current != then else value)
-    if "initial_lr" in group:
-        _assign(group, "initial_lr", value)
-    for config in trainer.lr_scheduler_configs:
-        if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
-            config.scheduler.base_lrs[index] = value
 
 
 def _assign(group: dict[str, Any], name: str, value: Any) -> None:

@@ -23,9 +23,14 @@ def test_the_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
 def test_an_exception_leaves_the_old(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match="no space"), atomic_file(path) as file:
-        file.write(b"half")
-        raise OSError("no space")
+
+    def write_half() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write_half()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -29,7 +29,7 @@ CONTENT: dict[str, Any] = {
 }
 
 
-class Mode(str, enum.Enum):
+class Mode(enum.StrEnum):
     FULL = "FULL"
 
 

@@ -31,7 +31,11 @@ def truncate(path: Path) -> Path:
 
 
 def test_versions_count_up(tmp_path: Path) -> None:
-    assert [create_run_directory(tmp_path, "a").name for _ in range(3)] == ["version_0", "version_1", "version_2"]
+    assert [create_run_directory(tmp_path, "a").name for _ in range(3)] == [
+        "version_0",
+        "version_1",
+        "version_2",
+    ]
     (tmp_path / "a" / "version_1").rmdir()
     (tmp_path / "a" / "version_10").mkdir()
     (tmp_path / "a" / "version_old").mkdir()
@@ -76,7 +80,7 @@ def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
 
 def test_a_truncated_one_is_skipped_with_a_warning(tmp_path: Path) -> None:
     good, bad, worse = save(tmp_path, 100), truncate(save(tmp_path, 200)), truncate(save(tmp_path, 300))
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="cannot be read") as warned:
         assert find_restart(tmp_path).checkpoint == good
     messages = [str(warning.message) for warning in warned]
     assert len(messages) == 2
@@ -88,7 +92,9 @@ def test_a_truncated_one_is_skipped_with_a_warning(tmp_path: Path) -> None:
 def test_a_truncated_file_named_is_an_error_that_names_the_next_good_one(tmp_path: Path) -> None:
     save(tmp_path, 100)
     good, bad = save(tmp_path, 200), truncate(save(tmp_path, 300))
-    with pytest.raises(ResumeError, match=r"step_000300\.ckpt cannot be read.*truncated.* is .*step_000200\.ckpt"):
+    with pytest.raises(
+        ResumeError, match=r"step_000300\.ckpt cannot be read.*truncated.* is .*step_000200\.ckpt"
+    ):
         find_restart(bad)
     for path in checkpoint_files(tmp_path):
         if path != bad:
@@ -111,7 +117,10 @@ def test_a_file_starts_a_run_of_its_own(tmp_path: Path) -> None:
     [
         ("nothing", "no such run directory or checkpoint file"),
         ("empty", r"empty is no run directory .* no checkpoints/\*\.ckpt"),
-        ("broken", r"none of the checkpoints of .*broken can be read: .*step_000200\.ckpt.*step_000100\.ckpt"),
+        (
+            "broken",
+            r"none of the checkpoints of .*broken can be read: .*step_000200\.ckpt.*step_000100\.ckpt",
+        ),
         ("last", "name a run directory"),
         ("best", "name a run directory"),
         ("hpc", "name a run directory"),

@@ -1,0 +1,113 @@
+"""Every configuration parses, runs, and explains its keys."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import callbacks
+from datamodules import SyntheticSeqCls
+from lightning_modules import MetaSeqClassifier
+from lightning_modules.cli import main
+
+pytestmark = [
+    # Lightning's own use of torch.utils._pytree, from torch 2.13 on
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
+    # Lightning's cli.py calls jsonargparse by names that are going away
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    # the tasks are made where they are used, and a machine with a GPU may test the CPU
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning"),
+]
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "configs"
+MAIN = CONFIGS / "meta_seqcls.yaml"
+JOBS = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = sorted(CONFIGS.glob("trainer/*.yaml"))
+# What holds other keys and needs no explanation of its own.
+STRUCTURE = {"model", "data", "trainer", "class_path", "init_args", "logger", "callbacks"}
+
+
+def arguments(path: Path) -> list[str]:
+    files = [path] if path in JOBS else [MAIN, path]
+    return ["fit", *(part for file in files for part in ("--config", str(file)))]
+
+
+@pytest.fixture(autouse=True)
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["theria"])
+
+
+def test_all_are_found() -> None:
+    assert MAIN in JOBS
+    assert {path.stem for path in OVERLAYS} >= {"cpu", "gpu", "ddp", "debug"}
+    assert {*JOBS, *OVERLAYS} == set(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [*JOBS, *OVERLAYS], ids=lambda path: path.stem)
+def test_it_parses_to_what_it_says(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*arguments(path), "--print_config"])
+    assert left.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for name, value in yaml.safe_load(path.read_text()).get("trainer", {}).items():
+        if name not in STRUCTURE:
+            assert printed["trainer"][name] == value
+
+
+IN_THIS_PROCESS = [path for path in (*JOBS, *OVERLAYS) if path.stem != "ddp"]
+
+
+@pytest.mark.parametrize("path", IN_THIS_PROCESS, ids=lambda path: path.stem)
+def test_it_runs(path: Path) -> None:
+    if path.stem == "gpu" and not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as left:
+            main(arguments(path))
+        assert left.value.code == 2
+        return
+    main([*arguments(path), "--trainer.fast_dev_run", "true"])
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_run() -> None:
+    """The launcher repeats the command line for the second process, so it must be a real one."""
+    command = [sys.executable, "-m", "lightning_modules.cli", *arguments(CONFIGS / "trainer" / "ddp.yaml")]
+    small = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *small], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+    assert "max_steps=1` reached" in done.stderr
+
+
+@pytest.mark.parametrize("path", [*JOBS, *OVERLAYS], ids=lambda path: path.stem)
+def test_every_key_is_explained(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        match = re.match(r"\s*(?:- )?(\w+):", line)
+        if match is None:
+            continue
+        explained = "#" in line or lines[number - 1].lstrip().startswith("#")
+        is_callback = line.lstrip().startswith("- class_path")
+        assert explained or (match[1] in STRUCTURE and not is_callback), f"{path.name}: {line}"
+
+
+def test_the_main_job_names_every_setting_of_its_classes() -> None:
+    """A new argument of the model, the data or a callback has to appear, with its explanation."""
+    config = yaml.safe_load(MAIN.read_text())
+    described = [(MetaSeqClassifier, config["model"]), (SyntheticSeqCls, config["data"])]
+    described += [
+        (getattr(callbacks, entry["class_path"]), entry) for entry in config["trainer"]["callbacks"]
+    ]
+    for kind, entry in described:
+        named = set(entry.get("init_args", {}))
+        assert named == set(inspect.signature(kind).parameters) - {"dirpath"}, kind

@@ -144,6 +144,7 @@ class MetaSeqClassifier(LightningModule):
         if (scheduler := self.lr_schedulers()) is not None:
             cast(LRScheduler, scheduler).step()
         self.step_metrics.append(self.trainer.global_step, self._row(result, optimizer.param_groups[0]["lr"]))
+        self._show_step()
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         """The configured meta-gradient of one meta-batch, replayed from a CUDA graph where there is one."""
@@ -158,22 +159,6 @@ class MetaSeqClassifier(LightningModule):
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> MetaGradient:
         return self._compute((support_x, support_y), (query_x, query_y))
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show the step's values on the steps the trainer logs."""
-        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's body
-        if (stepped + 1) % (every or 1) != 0:
-            return
-        self.step_metrics.flush()
-        row = self.step_metrics.last
-        for name in PROGRESS_BAR:
-            self.log(f"train/{name}", row[name], prog_bar=True)
-        # self.log takes a millisecond on a GPU's host: only what callbacks may monitor goes through it
-        hidden = {"step", "step_seconds", *PROGRESS_BAR}
-        values = {f"train/{name}": value for name, value in row.items() if name not in hidden}
-        for logger in self.loggers:
-            logger.log_metrics(values | {"perf/step_seconds": row["step_seconds"]}, step=stepped)
 
     def on_validation_start(self) -> None:
         """Adaptation differentiates, which inference mode forbids."""
@@ -200,6 +185,22 @@ class MetaSeqClassifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log means and intervals over all test tasks."""
         self._log_curve("test", self.test_curve)
+
+    def _show_step(self) -> None:
+        """Log the step's values on the steps the trainer logs."""
+        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's body
+        if (stepped + 1) % (every or 1) != 0:
+            return
+        self.step_metrics.flush()
+        row = self.step_metrics.last
+        for name in PROGRESS_BAR:
+            self.log(f"train/{name}", row[name], prog_bar=True)
+        # self.log takes a millisecond on a GPU's host: only what callbacks may monitor goes through it
+        hidden = {"step", "step_seconds", *PROGRESS_BAR}
+        values = {f"train/{name}": value for name, value in row.items() if name not in hidden}
+        for logger in self.loggers:
+            logger.log_metrics(values | {"perf/step_seconds": row["step_seconds"]}, step=stepped)
 
     def _curve(self, batch: TaskBatch) -> Tensor:
         support, query = (batch.support_x, batch.support_y), (batch.query_x, batch.query_y)

@@ -1,18 +1,26 @@
 """Keep the C allocator from handing freed tensors back to the system between steps."""
 
-import torch
+import ctypes
+import platform
 
-_BLOCK_BYTES = 31 * 2**20
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+_NEVER_TRIM = 2**31 - 1
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory of freed tensors for the next step.
+    """Let this process keep the memory of freed tensors for its next step.
 
-    glibc serves blocks of 128 KiB and more by mapping fresh pages, and trims the heap after they are freed,
-    until it has seen a larger mapped block freed; then it moves both thresholds up, to 32 and 64 MiB at
-    most (mallopt(3), M_MMAP_THRESHOLD). An unrolled inner loop allocates and frees some hundred MiB every
-    step, and without this up to a third of its time on a CPU went into page faults. Elsewhere than on
-    glibc the call changes nothing.
+    An unrolled inner loop allocates and frees some hundred MiB of tensors every step. As it starts, glibc
+    maps fresh pages for every block of 128 KiB and more and returns them when it is freed, so that a third
+    of such a step's time on a CPU went into page faults. This raises both thresholds, see mallopt(3). With
+    another allocator there is nothing to do, and nothing is done.
     """
-    block = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
-    del block
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)

@@ -127,9 +127,9 @@ def select_backend(call: AttentionCall, name: str) -> str:
     """
     check_backend_name(name)
     if name == AUTO:
-        usable = (fast for fast in _FASTEST_FIRST if fast in _registered and _refusal(fast, call) is None)
+        usable = (fast for fast in _FASTEST_FIRST if fast in _registered and refusal(fast, call) is None)
         name = next(usable, FALLBACK)
-    reason = _refusal(name, call)
+    reason = refusal(name, call)
     if reason is not None:
         raise NotImplementedError(
             f"attention backend {name!r} cannot do this call: {reason}. Received {call}"
@@ -142,6 +142,7 @@ def backend_function(name: str) -> AttentionBackend:
     return _registered[name].function
 
 
-def _refusal(name: str, call: AttentionCall) -> str | None:
+def refusal(name: str, call: AttentionCall) -> str | None:
+    """Why the registered backend ``name`` cannot do ``call``; None where it can."""
     supports = _registered[name].supports
     return None if supports is None else supports(call)

@@ -94,7 +94,7 @@ def descend(adapted: Iterable[Tensor], gradients: Iterable[Tensor], inner_lr: fl
     """One step of gradient descent, theta - inner_lr g, out of place."""
     if isinstance(inner_lr, Tensor):
         return [p - inner_lr * g for p, g in zip(adapted, gradients, strict=True)]
-    return [torch.sub(p, g, alpha=inner_lr) for p, g in zip(adapted, gradients, strict=True)]
+    return [torch.add(p, g, alpha=-inner_lr) for p, g in zip(adapted, gradients, strict=True)]
 
 
 def check_batch(name: str, batch: Batch) -> None:

@@ -156,6 +156,12 @@ COMPOSITIONS: dict[str, Callable[[Case, AttentionOf], Any]] = {
         torch.stack([stacked(c.inputs)[1], 2 * stacked(c.inputs)[1]]),
         stacked(c.inputs)[2].movedim(0, 1),
     ),
+    "jvp(jvp(vmap)) of a shared key": lambda c, f: c.along(
+        c.along(lambda q, k, v: vmap(lambda a, b: f(a, k, b))(q.unsqueeze(0), v.unsqueeze(0)))
+    )(*c.inputs),
+    "jvp(jvp) of an expanded query": lambda c, f: c.along(
+        c.along(lambda q, k, v: f(q[:1, :1].expand_as(q), k, v))
+    )(*c.inputs),
     "grad(grad(vmap))": lambda c, f: c.gradients(
         lambda *x: total(
             c.gradients(lambda *y: (vmap(f, in_dims=(0, 0, None))(*y).sin() * c.weight).sum())(*x)
@@ -203,6 +209,21 @@ def test_finite_differences_agree_in_both_orders(case):
     inputs = tuple(x.clone().requires_grad_() for x in case.inputs)
     assert torch.autograd.gradcheck(case.chain, inputs, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(case.chain, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_derivatives_taken_inside_autocast_keep_their_own_precision(case):
+    """Scores large enough that a softmax whose scores are rounded to bfloat16 would not sum to one."""
+
+    def gradients(attention: AttentionOf, autocast: bool) -> tuple[Tensor, ...]:
+        inputs = [8 * x.float().requires_grad_() for x in case.inputs]
+        with torch.autocast("cpu", enabled=autocast):
+            value = (attention(*inputs) * case.weight.float()).sum()
+            first = torch.autograd.grad(value, inputs, create_graph=True)
+            second = torch.autograd.grad(total(first), inputs, create_graph=True)
+            return *first, *second, *torch.autograd.grad(total(second), inputs)
+
+    for a, b in zip(gradients(case.chain, True), gradients(case.chain, False), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_lse_is_not_differentiable(case):

@@ -69,7 +69,8 @@ def test_any_rank_and_every_dtype_pass(shapes, dtype):
         (((1, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)), True, "before the heads"),
         (((1, 4, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4)), False, "enable_gqa=True"),
         (((1, 3, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4)), True, "multiple of the number of key-value heads"),
-        (((1, 2, 3, 4), (1, 0, 5, 4), (1, 0, 5, 4)), True, "multiple of the number of key-value heads"),
+        (((1, 2, 3, 4), (1, 0, 5, 4), (1, 0, 5, 4)), True, "at least one query head"),
+        (((1, 0, 3, 4), (1, 0, 5, 4), (1, 0, 5, 4)), True, "at least one query head"),
     ],
 )
 def test_shapes_that_are_no_attention_call(shapes, gqa, message):

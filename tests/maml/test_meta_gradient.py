@@ -258,6 +258,26 @@ def test_a_learned_inner_rate_gets_its_derivative(model, tasks, checkpoint):
     assert rate.grad is None
 
 
+def test_the_rate_of_first_order_gets_the_derivative_of_its_own_steps(model, tasks):
+    """With the inner gradients held constant, theta_K = theta_0 - alpha sum g_k."""
+    rate = torch.tensor(LR, dtype=torch.float64, requires_grad=True)
+    result = meta_gradient(model, *tasks, mode="FO", inner_steps=3, inner_lr=rate)
+    expected = torch.zeros((), dtype=torch.float64)
+    initial = dict(model.named_parameters())
+    for x, y, query_x, query_y in zip(*tasks[0], *tasks[1], strict=True):
+        moved = adapt_one_task(model, initial, x, y, 3, graph=False)
+        direction = [(initial[name] - moved[name]).detach() / LR for name in initial]
+        loss = F.cross_entropy(functional_call(model, moved, (query_x,)), query_y)
+        gradients = torch.autograd.grad(loss, list(moved.values()))
+        expected -= sum((g * d).sum() for g, d in zip(gradients, direction, strict=True)) / TASKS
+    assert result.inner_lr_grad.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_without_steps_the_rate_has_no_influence(model, tasks):
+    rate = torch.tensor(LR, dtype=torch.float64, requires_grad=True)
+    assert meta_gradient(model, *tasks, mode="FULL", inner_steps=0, inner_lr=rate).inner_lr_grad == 0
+
+
 @pytest.mark.parametrize("way", [{"mode": "FO_STRICT"}, {"mode": "FULL", "strategy": "sweep"}])
 def test_a_learned_inner_rate_is_refused_where_it_would_be_wrong(model, tasks, way):
     rate = torch.tensor(LR, requires_grad=True)
@@ -359,6 +379,9 @@ def test_a_cut_graph_raises_instead_of_answering_zero(model, tasks, strategy):
         ({"inner_lr": float("nan")}, "inner_lr must be a finite number"),
         ({"inner_lr": -0.1}, "inner_lr"),
         ({"adapt": ["tail"]}, "adapt names 'tail'"),
+        ({"adapt": []}, "adapt is empty"),
+        ({"inner_lr": torch.ones(3)}, r"one floating-point number, got torch.float32 of shape \(3,\)"),
+        ({"inner_lr": torch.tensor(1)}, "one floating-point number, got torch.int64"),
     ],
 )
 def test_impossible_options_are_named(model, tasks, change, message):
@@ -374,7 +397,39 @@ def test_shapes_that_do_not_fit_are_named(model, tasks):
         meta_gradient(model, support, (query[0], query[1][:, :3]), **options)
     with pytest.raises(ValueError, match="support has 3 tasks, query has 2"):
         meta_gradient(model, support, (query[0][:2], query[1][:2]), **options)
-    with pytest.raises(ValueError, match="integer class labels"):
-        meta_gradient(model, support, (query[0], query[1].double()), **options)
+    for dtype in (torch.float64, torch.int32):
+        with pytest.raises(ValueError, match=r"class labels y of torch\.int64"):
+            meta_gradient(model, support, (query[0], query[1].to(dtype)), **options)
+    with pytest.raises(IndexError, match="-100 is out of bounds"):
+        meta_gradient(model, support, (query[0], query[1] - 100 - query[1]), **options)
     with pytest.raises(ValueError, match="no parameter with requires_grad"):
         meta_gradient(model.requires_grad_(False), support, query, **options)
+
+
+def test_a_module_under_two_names_is_refused_and_a_parameter_under_two_is_exact(tasks):
+    class Shared(nn.Module):
+        def __init__(self, alias: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+            self.second = self.first if alias else nn.Linear(WIDTH, WIDTH, bias=False)
+            self.second.weight = self.first.weight
+            self.head = nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x[:, 0]).tanh()))
+
+    with pytest.raises(ValueError, match="second and first are one module"):
+        meta_gradient(Shared(alias=True), *tasks, mode="FULL", inner_steps=1, inner_lr=LR)
+    tied = Shared(alias=False).double()
+    result = meta_gradient(tied, *tasks, mode="FULL", inner_steps=2, inner_lr=LR)
+    assert relative_difference(result.grads, looped_gradient(tied, *tasks, 2)) < 1e-13
+
+
+def test_losses_of_a_half_precision_model_stay_in_range():
+    torch.manual_seed(0)
+    model = SeqClassifier(8, 3, backend="reference").half()
+    support = torch.randn(256, 256, 2, 8).half(), torch.randint(3, (256, 256))
+    result = meta_gradient(model, support, support, mode="FO", inner_steps=1, inner_lr=LR)
+    assert torch.isfinite(result.loss)
+    assert torch.isfinite(result.support_loss_before)

@@ -59,7 +59,8 @@ class Attention(_Operator):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, operators: AttentionOperators, band: Band) -> Any:
-        return operators.forward(query, key, value, band)
+        with _own_precision(query):
+            return operators.forward(query, key, value, band)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -94,7 +95,8 @@ class AttentionVJP(_Operator):
     @staticmethod
     def forward(*args: Any) -> Any:
         *tensors, operators, band = args
-        return tuple(operators.vjp(*tensors, band))
+        with _own_precision(tensors[0]):
+            return tuple(operators.vjp(*tensors, band))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -127,7 +129,8 @@ class AttentionJVP(_Operator):
     @staticmethod
     def forward(*args: Any) -> Any:
         *tensors, operators, band = args
-        return operators.jvp(*tensors[:5], Gradients(*tensors[5:]), band)
+        with _own_precision(tensors[0]):
+            return operators.jvp(*tensors[:5], Gradients(*tensors[5:]), band)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -160,7 +163,8 @@ class AttentionHVP(_Operator):
     @staticmethod
     def forward(*args: Any) -> Any:
         *tensors, operators, band = args
-        return tuple(operators.hvp(*tensors[:6], Gradients(*tensors[6:]), band))
+        with _own_precision(tensors[0]):
+            return tuple(operators.hvp(*tensors[:6], Gradients(*tensors[6:]), band))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -170,8 +174,9 @@ class AttentionHVP(_Operator):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        pull = torch.func.vjp(_hvp_from_scratch(ctx.band), *ctx.saved_tensors)[1]
-        query, key, value, *rest = pull(cotangents)
+        with _own_precision(cotangents[0]):
+            pull = torch.func.vjp(_hvp_from_scratch(ctx.band), *ctx.saved_tensors)[1]
+            query, key, value, *rest = pull(cotangents)
         return query, key, value, None, None, *rest, None, None
 
     @staticmethod
@@ -196,7 +201,8 @@ class Formula(Function):
 
     @staticmethod
     def forward(function: Callable[..., Any], *tensors: Tensor) -> Any:
-        return function(*tensors)
+        with _own_precision(tensors[0]):
+            return function(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -206,8 +212,9 @@ class Formula(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        output, pull = torch.func.vjp(ctx.function, *ctx.saved_tensors)[:2]
-        return None, *pull(cotangents[0] if isinstance(output, Tensor) else cotangents)
+        with _own_precision(cotangents[0]):
+            output, pull = torch.func.vjp(ctx.function, *ctx.saved_tensors)[:2]
+            return None, *pull(cotangents[0] if isinstance(output, Tensor) else cotangents)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> Any:
@@ -219,6 +226,8 @@ def _pushforward(
 ) -> Any:
     """The derivative of ``function`` at ``primals`` along ``directions``, itself differentiable."""
     count = len(primals)
+    # torch.func.jvp writes its tangents in place, which an expanded tensor refuses
+    primals, directions = [t.contiguous() for t in primals], [t.contiguous() for t in directions]
 
     def derivative(*tensors: Tensor) -> Any:
         return torch.func.jvp(function, tensors[:count], tensors[count:])[1]
@@ -246,6 +255,11 @@ def _hvp_from_scratch(band: Band) -> Callable[..., tuple[Tensor, ...]]:
         return tuple(_FORMULAS.hvp(query, key, value, out, lse, cotangent, Gradients(*rest), band))
 
     return compute
+
+
+def _own_precision(tensor: Tensor) -> torch.autocast:
+    """Keep autocast out: derivatives are taken inside of it too, and in its precision they do not cancel."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _constant_tail(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:

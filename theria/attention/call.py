@@ -135,6 +135,8 @@ def _check_shapes(query: torch.Size, key: torch.Size, value: torch.Size, *, enab
         raise refuse("query and key must share a last dimension of at least 1")
     if key[:-1] != value[:-1]:
         raise refuse("key and value must agree in every dimension but the last")
+    if enable_gqa and (key[-3] < 1 or query[-3] < 1):
+        raise refuse("enable_gqa needs at least one query head and one key-value head")
     if query[:-2] == key[:-2]:
         return
     if not enable_gqa:
@@ -144,5 +146,5 @@ def _check_shapes(query: torch.Size, key: torch.Size, value: torch.Size, *, enab
         )
     if query[:-3] != key[:-3]:
         raise refuse("query and key must agree in every dimension before the heads (nothing is broadcast)")
-    if key[-3] < 1 or query[-3] % key[-3] != 0:
+    if query[-3] % key[-3] != 0:
         raise refuse("the number of query heads must be a multiple of the number of key-value heads")

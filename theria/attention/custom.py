@@ -1,7 +1,11 @@
-"""The attention operators in plain tensor operations: the formulas as written, at quadratic memory.
+"""The attention operators in plain tensor operations, at quadratic memory.
 
-Every function here is itself differentiable by autograd when ``lse`` and ``out`` were computed from the same
-query, key and value under autograd, which is how orders beyond the operators' own are reached.
+They leave the saved output and lse alone. Both are rounded, so that D = rowsum(dO O), m O and exp(S - lse)
+would carry that rounding, times the size of scores and values, into every derivative. With all keys at hand P
+is an exact softmax, D is rowsum(P dP), and [P T] V - m O is [P (T - m)] V.
+
+As functions of the other arguments they are themselves differentiable by autograd, which is how orders beyond
+the operators' own are reached.
 """
 
 import math
@@ -31,23 +35,19 @@ class CustomOperators:
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
         """O = P V and lse."""
         q, k, v = _grouped(query, key), _wide(key), _wide(value)
-        scores, dead = _scores(q, k, query.shape[-2], band)
-        # a dead row's own maximum is -inf: give it finite scores first, and its meaning afterwards
-        alive = scores if dead is None else scores.masked_fill(dead, 0.0)
-        lse = torch.logsumexp(alive, dim=-1)
-        if dead is not None:
-            lse = lse.masked_fill(dead.squeeze(-1), math.inf)
-        out = torch.exp(scores - lse.unsqueeze(-1)) @ v
+        out = _probabilities(q, k, query.shape[-2], band) @ v
+        lse = torch.logsumexp(_scores(q, k, query.shape[-2], band)[0], dim=-1)
+        lse = lse.masked_fill(torch.isneginf(lse), math.inf)
         return _ungrouped(out, query).to(query.dtype), lse.reshape(query.shape[:-1])
 
     def vjp(
         self, query: Query, key: Key, value: Value, out: Out, lse: LogSumExp, cotangent: Out, band: Band
     ) -> Gradients:
         """Gradient of <dO, O>."""
-        q, k, v = _grouped(query, key), _wide(key), _wide(value)
-        o, do = _grouped(out, key), _grouped(cotangent, key)
-        p = _probabilities(q, k, lse, query.shape[-2], band)
-        ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True))
+        q, k, v, do = _grouped(query, key), _wide(key), _wide(value), _grouped(cotangent, key)
+        p = _probabilities(q, k, query.shape[-2], band)
+        dp = do @ v.mT
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         return Gradients(
             _ungrouped(band.scale * ds @ k, query).to(query.dtype),
             (band.scale * ds.mT @ q).to(key.dtype),
@@ -65,11 +65,11 @@ class CustomOperators:
         band: Band,
     ) -> Out:
         """Derivative of O along the tangents."""
-        q, k, v, o = _grouped(query, key), _wide(key), _wide(value), _grouped(out, key)
+        q, k, v = _grouped(query, key), _wide(key), _wide(value)
         a, b, c = _grouped(tangents.query, key), _wide(tangents.key), _wide(tangents.value)
-        p = _probabilities(q, k, lse, query.shape[-2], band)
-        pt = p * (band.scale * (a @ k.mT + q @ b.mT))
-        u = pt @ v - pt.sum(-1, keepdim=True) * o + p @ c
+        p = _probabilities(q, k, query.shape[-2], band)
+        t = band.scale * (a @ k.mT + q @ b.mT)
+        u = (p * (t - (p * t).sum(-1, keepdim=True))) @ v + p @ c
         return _ungrouped(u, query).to(query.dtype)
 
     def hvp(
@@ -84,15 +84,14 @@ class CustomOperators:
         band: Band,
     ) -> Curvature:
         """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
-        q, k, v = _grouped(query, key), _wide(key), _wide(value)
-        o, do = _grouped(out, key), _grouped(cotangent, key)
+        q, k, v, do = _grouped(query, key), _wide(key), _wide(value), _grouped(cotangent, key)
         a, b, c = _grouped(cotangents.query, key), _wide(cotangents.key), _wide(cotangents.value)
-        p = _probabilities(q, k, lse, query.shape[-2], band)
+        p = _probabilities(q, k, query.shape[-2], band)
         t = band.scale * (a @ k.mT + q @ b.mT)
         m = (p * t).sum(-1, keepdim=True)
-        u = (p * t) @ v - m * o + p @ c
+        u = (p * (t - m)) @ v + p @ c
         dp = do @ v.mT
-        d = (do * o).sum(-1, keepdim=True)
+        d = (p * dp).sum(-1, keepdim=True)
         e = (do * u).sum(-1, keepdim=True)
         ds = p * (dp - d)
         w = p * (do @ c.mT + (dp - d) * t - m * dp - (e - m * d))
@@ -132,6 +131,9 @@ def _scores(q: Tensor, k: Tensor, queries: int, band: Band) -> tuple[Scores, Ten
     )
 
 
-def _probabilities(q: Tensor, k: Tensor, lse: LogSumExp, queries: int, band: Band) -> Scores:
-    scores, _ = _scores(q, k, queries, band)
-    return torch.exp(scores - lse.reshape(scores.shape[:-1]).unsqueeze(-1))
+def _probabilities(q: Tensor, k: Tensor, queries: int, band: Band) -> Scores:
+    scores, dead = _scores(q, k, queries, band)
+    if dead is None:
+        return scores.softmax(-1)
+    # a softmax of nothing but -inf is NaN, in its derivatives too: dead rows pass it finite, then are cleared
+    return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)

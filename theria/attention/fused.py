@@ -7,6 +7,7 @@ from torch import Tensor
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import CausalAlignment
 from theria.attention.operators import AttentionOperators, Band
+from theria.attention.reference import reference_attention
 from theria.attention.registry import AttentionBackend
 
 
@@ -24,6 +25,18 @@ def backend_over(operators: AttentionOperators) -> AttentionBackend:
         scale: float,
         enable_gqa: bool,
     ) -> Tensor:
+        if 0 in (query.numel(), key.numel(), value.numel()):
+            # nothing to launch: the result is empty or zero, and so are its derivatives
+            return reference_attention(
+                query,
+                key,
+                value,
+                is_causal=is_causal,
+                window=window,
+                causal_alignment=causal_alignment,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
         band = Band.of_call(
             scale=scale,
             is_causal=is_causal,

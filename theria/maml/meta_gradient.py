@@ -137,6 +137,11 @@ def check_options(
             f" {strategy.value} {mode.value} keeps no such graph, leave it at 0"
         )
     if isinstance(inner_lr, Tensor):
+        if inner_lr.ndim or not inner_lr.is_floating_point():
+            raise ValueError(
+                f"inner_lr as a tensor must be one floating-point number, got {inner_lr.dtype} of shape"
+                f" {tuple(inner_lr.shape)}"
+            )
         if inner_lr.requires_grad and (strategy is Strategy.SWEEP or mode is MetaMode.FO_STRICT):
             raise ValueError(
                 f"a learned inner_lr gets no gradient from {strategy.value} {mode.value}, which treats the"

@@ -20,22 +20,23 @@ def swept_gradient(
 
     with H the Hessian of the support losses. Parameters that are not adapted collect the mixed term,
     :math:`-\alpha \sum_k \partial_\psi \partial_\theta L \, u_{k+1}`. First order is the sweep without H.
-    Only theta_0 .. theta_K are kept, and H u is one forward-over-reverse product.
+    Second order keeps theta_0 .. theta_K and nothing else; H u is one forward-over-reverse product.
     """
-    trajectory, before = [adapted], None
+    trajectory: list[list[Tensor]] = []
+    theta, before = adapted, None
     for _ in range(loop.steps):
-        loss, following = loop.constant_step(trajectory[-1], shared)
-        trajectory.append(following)
+        if second_order:
+            trajectory.append(theta)
+        loss, theta = loop.constant_step(theta, shared)
         before = loss if before is None else before
     if before is None:
         before = loop.support_loss(adapted, shared)
-    u, shared_grads, query_loss, logits = query_gradient(loop, trajectory[-1], shared)
-    if second_order:
-        for theta in reversed(trajectory[:-1]):
-            curved, mixed = hessian_vector_product(loop, theta, shared, u)
-            u = descend(u, curved, loop.lr)
-            shared_grads = descend(shared_grads, mixed, loop.lr)
-    return Outcome(query_loss, logits, before, u, shared_grads, trajectory[-1])
+    u, shared_grads, query_loss, logits = query_gradient(loop, theta, shared)
+    for point in reversed(trajectory):
+        curved, mixed = hessian_vector_product(loop, point, shared, u)
+        u = descend(u, curved, loop.lr)
+        shared_grads = descend(shared_grads, mixed, loop.lr)
+    return Outcome(query_loss, logits, before, u, shared_grads, theta)
 
 
 def hessian_vector_product(

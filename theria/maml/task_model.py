@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+_NO_LABEL = torch.iinfo(torch.int64).min
+
 Batch = tuple[Tensor, Tensor]
 """x (tasks, batch, ...), the inputs, and y (tasks, batch), their integer labels; see `check_batch`."""
 
@@ -25,7 +27,8 @@ class TaskModel:
             ``head.bias``); None adapts every trained parameter.
 
     Raises:
-        ValueError: a name in ``adapt`` covers no trained parameter, or the model has none.
+        ValueError: ``adapt`` is empty or a name in it covers no trained parameter, the model has none, or a
+            module with parameters stands in it under two names.
     """
 
     def __init__(self, model: nn.Module, adapt: Sequence[str] | None = None) -> None:
@@ -34,6 +37,7 @@ class TaskModel:
             raise ValueError(
                 f"{type(model).__name__} has no parameter with requires_grad, nothing to meta-learn"
             )
+        _refuse_aliases(model)
         self.model = model
         self.adapted_names = trained if adapt is None else _covered(trained, adapt)
         adapted = set(self.adapted_names)
@@ -72,15 +76,20 @@ class TaskModel:
         """
         x, y = batch
         logits = self.logits(adapted, shared, x)
-        summed = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-        return summed / y.shape[1], logits
+        return _cross_entropy(logits, y, "sum") / y.shape[1], logits
 
 
 def cross_entropy(
     logits: Float[Tensor, "tasks batch classes"], y: Int[Tensor, "tasks batch"]
 ) -> Float[Tensor, " tasks"]:
     """Every task's mean over its batch of -log softmax(logits)[y], in nats."""
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+    return _cross_entropy(logits, y, "none").view(y.shape).mean(1)
+
+
+def _cross_entropy(logits: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """In float32 at least, since a sum over tasks passes the range of half precision; no label is ignored."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction, ignore_index=_NO_LABEL)
 
 
 def accuracy(
@@ -109,11 +118,25 @@ def check_batch(name: str, batch: Batch) -> None:
             f"{name} expects x (tasks, batch, ...) and y (tasks, batch), both non-empty,"
             f" got x {tuple(x.shape)} and y {tuple(y.shape)}"
         )
-    if y.is_floating_point() or y.dtype is torch.bool:
-        raise ValueError(f"{name} expects integer class labels y, got {y.dtype}")
+    if y.dtype is not torch.int64:
+        raise ValueError(f"{name} expects class labels y of torch.int64, got {y.dtype}")
+
+
+def _refuse_aliases(model: nn.Module) -> None:
+    """torch.func.functional_call would leave the parameters of such a module destroyed."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and any(True for _ in module.parameters()):
+            raise ValueError(
+                f"{name} and {names[module]} are one module, which torch.func.functional_call cannot swap:"
+                " keep it under one name and use it twice in forward"
+            )
+        names[module] = name
 
 
 def _covered(trained: list[str], adapt: Sequence[str]) -> list[str]:
+    if not adapt:
+        raise ValueError("adapt is empty, so that nothing would adapt; None adapts every trained parameter")
     for prefix in adapt:
         if not any(_covers(prefix, name) for name in trained):
             raise ValueError(

@@ -86,7 +86,7 @@ def unrolled_gradient(
         theta = phi = as_leaves(phi)
     query_loss, logits = loop.task_model.total_loss(phi, common, loop.query)
     rate = _learned_rate(loop)
-    gradients = torch.autograd.grad(query_loss, (*theta, *common, *rate))
+    gradients = torch.autograd.grad(query_loss, (*theta, *common, *(rate if loop.steps else ())))
     return Outcome(
         query_loss=query_loss.detach(),
         query_logits=logits.detach(),
@@ -94,7 +94,7 @@ def unrolled_gradient(
         adapted_grads=list(gradients[: len(theta)]),
         shared_grads=list(gradients[len(theta) : len(theta) + len(common)]),
         final=[p.detach() for p in phi],
-        inner_lr_grad=gradients[-1] if rate else None,
+        inner_lr_grad=None if not rate else gradients[-1] if loop.steps else torch.zeros_like(rate[0]),
     )
 
 

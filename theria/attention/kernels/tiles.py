@@ -1,0 +1,68 @@
+"""How large a tile of the score matrix each kernel takes, by dtype, width and device generation."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a tile, warps of a program, and tiles in flight (Triton's ``num_stages``)."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def within(self, queries: int, keys: int) -> "Tiles":
+        """No larger than the sequences need; a matrix product takes at least 16 rows."""
+        rows = min(self.queries, _power_of_two(queries))
+        columns = min(self.keys, _power_of_two(keys))
+        warps = min(self.warps, 4) if rows * columns < self.queries * self.keys else self.warps
+        return Tiles(rows, columns, warps, self.stages)
+
+
+INTERPRETER = Tiles(32, 32, 1, 1)
+"""Programs are slow there and memory is plain: few and not large."""
+
+SAFE = {
+    (2, 64): Tiles(64, 32, 4, 2),
+    (2, 128): Tiles(32, 32, 4, 2),
+    (2, 256): Tiles(32, 16, 4, 1),
+    (4, 64): Tiles(32, 32, 4, 1),
+    (4, 128): Tiles(16, 16, 4, 1),
+    (4, 256): Tiles(16, 16, 4, 1),
+}
+"""By (bytes an element, width): what runs on any device that Triton knows."""
+
+TUNED: dict[tuple[str, str, str, int], Tiles] = {}
+"""By (device generation, kernel, arithmetic, width), as ``benchmarks/tune_attention.py`` finds them."""
+
+
+def tiles_for(kernel: str, dtype: torch.dtype, precision: str, width: int, device: torch.device) -> Tiles:
+    """The tuned tiles of a kernel on a device, or safe ones for a device or width that has none.
+
+    Args:
+        kernel: a name of `theria.attention.triton_fused.launches`.
+        dtype: of query, key and value.
+        precision: of float32 products, "ieee", "tf32x3" or "tf32".
+        width: the larger of dim and value_dim.
+        device: that it runs on; on the CPU it is the interpreter.
+    """
+    if device.type == "cpu":
+        return INTERPRETER
+    bucket = max(64, _power_of_two(width))
+    arithmetic = precision if dtype == torch.float32 else "half"
+    return TUNED.get((generation(device), kernel, arithmetic, bucket)) or SAFE[dtype.itemsize, bucket]
+
+
+def generation(device: torch.device) -> str:
+    """The device's family, within which one table of tiles serves."""
+    if torch.version.hip is not None:
+        return "amd"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "ampere", 9: "hopper", 10: "blackwell"}.get(major, f"sm_{major}x")
+
+
+def _power_of_two(length: int) -> int:
+    """The least power of two that is not smaller, and at least 16."""
+    return max(16, 1 << (length - 1).bit_length()) if length > 0 else 16

@@ -1,0 +1,221 @@
+"""The attention operators as launches of Triton kernels: memory linear in length, float32 accumulation.
+
+On CUDA devices, and on the CPU under Triton's interpreter (TRITON_INTERPRET=1 before theria is imported).
+No launch adds to memory that another program writes, so two equal calls give equal bits.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal, get_args
+
+import torch
+import triton
+from torch import Tensor
+
+from theria.attention.call import AttentionCall
+from theria.attention.kernels.common import Operand, Vector
+from theria.attention.kernels.forward import forward_rows
+from theria.attention.kernels.hvp import hvp_columns, hvp_rows
+from theria.attention.kernels.jvp import jvp_rows
+from theria.attention.kernels.tiles import tiles_for
+from theria.attention.kernels.vjp import vjp_columns, vjp_rows
+from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumExp, Out, Query, Value
+
+Precision = Literal["ieee", "tf32x3", "tf32"]
+
+MAX_WIDTH = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_KERNELS = {
+    "forward_rows": forward_rows,
+    "vjp_rows": vjp_rows,
+    "vjp_columns": vjp_columns,
+    "jvp_rows": jvp_rows,
+    "hvp_rows": hvp_rows,
+    "hvp_columns": hvp_columns,
+}
+_INTERPRETED = not isinstance(forward_rows, triton.runtime.JITFunction)
+
+launches: Counter[str] = Counter()
+"""How often each kernel has been launched in this process; ``launches.clear()`` starts over."""
+
+
+def supports(call: AttentionCall) -> str | None:
+    """Why the kernels cannot do a call, or None where they can."""
+    return _refusal(call.dtype, call.device, max(call.query_shape[-1], call.value_shape[-1]))
+
+
+class TritonOperators:
+    """`theria.attention.operators.AttentionOperators` as Triton kernels.
+
+    Args:
+        precision: how float32 products are taken. "ieee" in plain float32; "tf32x3" on the matrix units in
+            three parts, nearly as exact; "tf32" rounds the factors to 10 bits. Half precision ignores it.
+
+    Raises:
+        ValueError: for another precision, and, from the operators, for a dtype, device or width that the
+            kernels do not compute.
+    """
+
+    def __init__(self, precision: Precision = "ieee") -> None:
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {get_args(Precision)}, received {precision!r}")
+        self.precision = precision
+
+    def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
+        """O = P V and lse."""
+        out = _empty(query, value.shape[-1])
+        lse = _empty_rows(query)
+        self._launch("forward_rows", (query, key, value, out, lse), query, key, value, band)
+        return out, lse
+
+    def vjp(
+        self, query: Query, key: Key, value: Value, out: Out, lse: LogSumExp, cotangent: Out, band: Band
+    ) -> Gradients:
+        """Gradient of <dO, O>."""
+        grads = Gradients(*(_empty(t, t.shape[-1]) for t in (query, key, value)))
+        delta = _empty_rows(query)
+        qkv = (query, key, value)
+        self._launch("vjp_rows", (*qkv, out, lse, cotangent, grads.query, delta), *qkv, band)
+        self._launch("vjp_columns", (*qkv, lse, cotangent, delta, grads.key, grads.value), *qkv, band)
+        return grads
+
+    def jvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        tangents: Gradients,
+        band: Band,
+    ) -> Out:
+        """Derivative of O along the tangents."""
+        derivative = _empty(query, value.shape[-1])
+        # without CURVATURE the row constants are not written and their cotangent is not read
+        unused = (lse, lse, lse)
+        self._launch(
+            "jvp_rows",
+            (query, key, value, out, lse, *tangents, out, derivative, *unused),
+            query,
+            key,
+            value,
+            band,
+            CURVATURE=False,
+        )
+        return derivative
+
+    def hvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        cotangent: Out,
+        cotangents: Gradients,
+        band: Band,
+    ) -> Curvature:
+        """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
+        qkv = (query, key, value)
+        curvature = Curvature(
+            *(_empty(t, t.shape[-1]) for t in qkv), out_cotangent=_empty(query, value.shape[-1])
+        )
+        rows = tuple(_empty_rows(query) for _ in range(3))
+        given = (*qkv, lse, cotangent, *cotangents, *rows)
+        self._launch(
+            "jvp_rows",
+            (*qkv, out, lse, *cotangents, cotangent, curvature.out_cotangent, *rows),
+            *qkv,
+            band,
+            CURVATURE=True,
+        )
+        self._launch("hvp_rows", (*given, curvature.query), *qkv, band)
+        self._launch("hvp_columns", (*given, curvature.key, curvature.value), *qkv, band)
+        return curvature
+
+    def _launch(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        band: Band,
+        **constants: bool,
+    ) -> None:
+        batch, heads, queries, dim = query.shape
+        _, kv_heads, keys, value_dim = value.shape
+        width = max(dim, value_dim)
+        reason = _refusal(query.dtype, query.device, width) or _mixed(tensors, query)
+        if reason is not None:
+            raise ValueError(f"the Triton kernels of attention cannot do this call: {reason}")
+        tiles = tiles_for(name, query.dtype, self.precision, width, query.device).within(queries, keys)
+        by_column = name.endswith("_columns")
+        length, tile, owners = (
+            (keys, tiles.keys, kv_heads) if by_column else (queries, tiles.queries, heads)
+        )
+        programs = triton.cdiv(length, tile) * batch * owners
+        if programs == 0:
+            return
+        launches[name] += 1
+        device = torch.cuda.device(query.device) if query.is_cuda else nullcontext()
+        with device:
+            _KERNELS[name][(programs,)](
+                *(Operand.of(t) if t.dim() == 4 else Vector.of(t) for t in tensors),
+                band.scale,
+                queries,
+                keys,
+                band.offset,
+                # a window wider than the band sees what no window sees, and must fit an int32
+                min(band.window or 0, queries + keys + abs(band.offset)),
+                owners,
+                SHARING=heads // kv_heads,
+                CAUSAL=band.causal,
+                WINDOWED=band.window is not None,
+                DIM=dim,
+                VALUE_DIM=value_dim,
+                BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+                BLOCK_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
+                BLOCK_QUERIES=tiles.queries,
+                BLOCK_KEYS=tiles.keys,
+                PRECISION=self.precision,
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+                **constants,
+            )
+
+
+def _empty(like: Tensor, width: int) -> Tensor:
+    """An output over the rows of ``like``; a kernel writes every element of it."""
+    return torch.empty(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
+
+
+def _empty_rows(query: Tensor) -> Tensor:
+    """One float32 a query."""
+    return torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+
+
+def _refusal(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"it supports {', '.join(map(str, DTYPES))}, not {dtype}"
+    if width > MAX_WIDTH:
+        return f"it supports widths up to {MAX_WIDTH}, not {width}"
+    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
+        return None
+    return (
+        f"it supports CUDA devices, and the CPU where TRITON_INTERPRET=1 is set before theria is imported, "
+        f"not {device}"
+    )
+
+
+def _mixed(tensors: Sequence[Tensor], query: Tensor) -> str | None:
+    for tensor in tensors:
+        dtype = query.dtype if tensor.dim() == 4 else torch.float32
+        if tensor.dtype != dtype or tensor.device != query.device:
+            return (
+                f"it supports operands of one dtype and device (and a float32 lse), not {tensor.dtype} on "
+                f"{tensor.device} beside {query.dtype} on {query.device}"
+            )
+    return None

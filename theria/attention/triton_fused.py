@@ -7,7 +7,6 @@ No launch adds to memory that another program writes, so two equal calls give eq
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal, get_args
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from theria.attention.kernels.tiles import tiles_for
 from theria.attention.kernels.vjp import vjp_columns, vjp_rows
 from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumExp, Out, Query, Value
 
-Precision = Literal["ieee", "tf32x3", "tf32"]
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 MAX_WIDTH = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,9 +57,9 @@ class TritonOperators:
             kernels do not compute.
     """
 
-    def __init__(self, precision: Precision = "ieee") -> None:
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {get_args(Precision)}, received {precision!r}")
+    def __init__(self, precision: str = "ieee") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, received {precision!r}")
         self.precision = precision
 
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
@@ -153,9 +152,7 @@ class TritonOperators:
             raise ValueError(f"the Triton kernels of attention cannot do this call: {reason}")
         tiles = tiles_for(name, query.dtype, self.precision, width, query.device).within(queries, keys)
         by_column = name.endswith("_columns")
-        length, tile, owners = (
-            (keys, tiles.keys, kv_heads) if by_column else (queries, tiles.queries, heads)
-        )
+        length, tile, owners = (keys, tiles.keys, kv_heads) if by_column else (queries, tiles.queries, heads)
         programs = triton.cdiv(length, tile) * batch * owners
         if programs == 0:
             return

@@ -1,6 +1,6 @@
 """What the kernels share: addressing, the band's tiles, and one matrix product."""
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -42,6 +42,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+@no_type_check
 def dot(left, right, accumulator, PRECISION: tl.constexpr):
     """Accumulator + left @ right in float32."""
     if INTERPRETED:
@@ -51,6 +52,7 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def product(left, right, PRECISION: tl.constexpr):
     """Left @ right in float32."""
     if INTERPRETED:
@@ -59,12 +61,14 @@ def product(left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def at_head(x, batch, head):
     """Pointer to the first element of a head; a tensor may hold more than 2^31 elements."""
     return x.pointer + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
 
 
 @triton.jit
+@no_type_check
 def tile_pointers(x, base, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Addresses of rows start.. and columns 0.. of a head."""
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
@@ -73,6 +77,7 @@ def tile_pointers(x, base, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def tile_mask(start, length, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """True for the elements of such a tile that exist."""
     rows = (start + tl.arange(0, ROWS))[:, None] < length
@@ -80,6 +85,7 @@ def tile_mask(start, length, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+@no_type_check
 def load_tile(
     x,
     base,
@@ -100,6 +106,7 @@ def load_tile(
 
 
 @triton.jit
+@no_type_check
 def store_tile(x, base, start, length, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Write rows start.. of a head, rounded to its dtype."""
     pointers = tile_pointers(x, base, start, ROWS, BLOCK)
@@ -108,6 +115,7 @@ def store_tile(x, base, start, length, tile, WIDTH: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
+@no_type_check
 def load_vector(x, base, start, length, beyond, ROWS: tl.constexpr, INSIDE: tl.constexpr):
     """Entries start.. of a head's vector, ``beyond`` past its end."""
     rows = start + tl.arange(0, ROWS)
@@ -117,6 +125,7 @@ def load_vector(x, base, start, length, beyond, ROWS: tl.constexpr, INSIDE: tl.c
 
 
 @triton.jit
+@no_type_check
 def store_vector(x, base, start, length, entries, ROWS: tl.constexpr):
     """Write entries start.. of a head's vector."""
     rows = start + tl.arange(0, ROWS)
@@ -124,6 +133,7 @@ def store_vector(x, base, start, length, entries, ROWS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def visible(rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """True where the query of a row sees the key of a column, from index arrays that broadcast."""
     seen = columns < keys
@@ -135,6 +145,7 @@ def visible(rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED:
 
 
 @triton.jit
+@no_type_check
 def probabilities(
     scores,
     lse2,
@@ -155,6 +166,7 @@ def probabilities(
 
 
 @triton.jit
+@no_type_check
 def keys_of_queries(
     first, last, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -171,6 +183,7 @@ def keys_of_queries(
 
 
 @triton.jit
+@no_type_check
 def queries_of_keys(
     first, last, queries, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -187,6 +200,7 @@ def queries_of_keys(
 
 
 @triton.jit
+@no_type_check
 def _tiles(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr):
     """(begin, left, whole_begin, whole_end, edges) of the tiles that meet begin..end.
 
@@ -203,6 +217,7 @@ def _tiles(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def edge_tile(index, begin, left, whole_end, BLOCK: tl.constexpr):
     """First row or column of an edge tile."""
     return tl.where(index < left, begin + index * BLOCK, whole_end + (index - left) * BLOCK)

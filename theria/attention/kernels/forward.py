@@ -1,5 +1,7 @@
 """O = P V and lse, with the maximum and the sum of each row kept up to date while its keys are visited."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -19,6 +21,7 @@ from theria.attention.kernels.common import (
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "heads"])
+@no_type_check
 def forward_rows(
     q,
     k,
@@ -130,6 +133,7 @@ def forward_rows(
 
 
 @triton.jit
+@no_type_check
 def _forward_tile(
     acc,
     top,

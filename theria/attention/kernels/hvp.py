@@ -4,6 +4,8 @@ Both start from the row constants m, D and e that ``jvp_rows`` leaves behind, an
 `theria.attention.operators` as P (G - e) + dS (T - m).
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,7 @@ from theria.attention.kernels.common import (
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "heads"])
+@no_type_check
 def hvp_rows(
     q,
     k,
@@ -154,6 +157,7 @@ def hvp_rows(
 
 
 @triton.jit
+@no_type_check
 def _row_tile(
     acc,
     q_tile,
@@ -215,6 +219,7 @@ def _row_tile(
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "kv_heads"])
+@no_type_check
 def hvp_columns(
     q,
     k,
@@ -246,7 +251,7 @@ def hvp_columns(
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """GK and gV of one tile of keys, summed over the query heads that share it; scores are (keys, queries)."""
+    """GK and gV of one tile of keys, summed over the heads that share it; scores are (keys, queries)."""
     tiles = tl.cdiv(keys, BLOCK_KEYS)
     program = tl.program_id(0)
     start = program % tiles * BLOCK_KEYS
@@ -359,6 +364,7 @@ def hvp_columns(
 
 
 @triton.jit
+@no_type_check
 def _column_tile(
     gk_acc,
     gv_acc,

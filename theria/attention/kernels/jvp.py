@@ -1,5 +1,7 @@
 """U, the derivative of O along tangents (a, b, c), and the row constants of the second derivative."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -19,6 +21,7 @@ from theria.attention.kernels.common import (
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "heads"])
+@no_type_check
 def jvp_rows(
     q,
     k,
@@ -51,7 +54,7 @@ def jvp_rows(
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """U of one tile of queries; with ``CURVATURE`` also m = rowsum(P T), D = rowsum(dO O), e = rowsum(dO U)."""
+    """U of one tile of queries; with ``CURVATURE`` m = rowsum(P T), D = rowsum(dO O), e = rowsum(dO U)."""
     tiles = tl.cdiv(queries, BLOCK_QUERIES)
     program = tl.program_id(0)
     # under a causal mask the last tiles see most: they start first
@@ -164,6 +167,7 @@ def jvp_rows(
 
 
 @triton.jit
+@no_type_check
 def _row_tile(
     acc,
     mean,

@@ -1,5 +1,7 @@
 """Gradient of <dO, O>: a row pass for dQ, which also leaves D behind, and a column pass for dK and dV."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,7 @@ from theria.attention.kernels.common import (
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "heads"])
+@no_type_check
 def vjp_rows(
     q,
     k,
@@ -132,6 +135,7 @@ def vjp_rows(
 
 
 @triton.jit
+@no_type_check
 def _row_tile(
     acc,
     q_tile,
@@ -180,6 +184,7 @@ def _row_tile(
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "kv_heads"])
+@no_type_check
 def vjp_columns(
     q,
     k,
@@ -206,7 +211,7 @@ def vjp_columns(
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """DK and dV of one tile of keys, summed over the query heads that share it; scores are (keys, queries)."""
+    """DK and dV of one tile of keys, summed over the heads that share it; scores are (keys, queries)."""
     tiles = tl.cdiv(keys, BLOCK_KEYS)
     program = tl.program_id(0)
     start = program % tiles * BLOCK_KEYS
@@ -296,6 +301,7 @@ def vjp_columns(
 
 
 @triton.jit
+@no_type_check
 def _column_tile(
     dk_acc,
     dv_acc,

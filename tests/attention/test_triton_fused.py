@@ -1,0 +1,496 @@
+"""The Triton operators against the formulas in float64: on a CUDA device, else under Triton's interpreter.
+
+Every output buffer is filled with NaN before a launch, so what no program writes is seen.
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from theria.attention import registered_backend, triton_fused
+from theria.attention.autograd import differentiable_attention
+from theria.attention.custom import CustomOperators
+from theria.attention.fused import backend_over
+from theria.attention.operators import AttentionOperators, Band, Gradients
+from theria.attention.registry import select_backend
+from theria.attention.triton_fused import TritonOperators, launches, supports
+from theria.maml import meta_gradient
+from theria.models.seq_classifier import SeqClassifier
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPERATORS, FORMULAS = TritonOperators(), CustomOperators()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_empty", "_empty_rows"):
+        allocate = getattr(triton_fused, name)
+        monkeypatch.setattr(
+            triton_fused, name, lambda *args, allocate=allocate: allocate(*args).fill_(torch.nan)
+        )
+
+
+@dataclass
+class Operands:
+    """Everything that the four operators take, but what the forward yields."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cotangent: Tensor
+    directions: Gradients
+
+    @classmethod
+    def draw(cls, sizes: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> "Operands":
+        batch, heads, kv_heads, queries, keys, dim, value_dim = sizes
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        of_queries, of_keys = (batch, heads, queries), (batch, kv_heads, keys)
+        shapes = [(*of_queries, dim), (*of_keys, dim), (*of_keys, value_dim)]
+        inputs, tangents = (
+            [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape in shapes]
+            for _ in range(2)
+        )
+        cotangent = torch.randn(*of_queries, value_dim, generator=generator, device=DEVICE).to(dtype)
+        return cls(*inputs, cotangent, Gradients(*tangents))
+
+    def map(self, function) -> "Operands":
+        tensors = (self.query, self.key, self.value, self.cotangent)
+        return Operands(*map(function, tensors), Gradients(*map(function, self.directions)))
+
+    def outputs(self, operators: AttentionOperators, band: Band) -> dict[str, Tensor]:
+        """All that the operators compute, by name."""
+        inputs = self.query, self.key, self.value
+        out, lse = operators.forward(*inputs, band)
+        primals = *inputs, out, lse
+        first = operators.vjp(*primals, self.cotangent, band)
+        second = operators.hvp(*primals, self.cotangent, self.directions, band)
+        moved = operators.jvp(*primals, self.directions, band)
+        names = ["out", "lse", "dq", "dk", "dv", "jvp", "gq", "gk", "gv", "gdo"]
+        return dict(zip(names, (out, lse, *first, moved, *second), strict=True))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Norm of the error over the norm; infinities have to stand in the same places.
+
+    Of what is zero but for the rounding of float64, the root mean square of the error.
+    """
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(found), finite)
+    assert torch.equal(found[~finite].double(), expected[~finite])
+    error = (found.double() - expected)[finite].norm()
+    norm, size = expected[finite].norm(), finite.sum().sqrt()
+    return (error / (norm if norm > 1e-12 * size else size)).item() if size > 0 else 0.0
+
+
+# (batch, heads, key-value heads, queries, keys, dim, value dim) and the band
+COVERING = {
+    "one row, one key": ((2, 1, 1, 1, 1, 8, 8), Band(0.4)),
+    "one row": ((2, 2, 1, 1, 63, 64, 24), Band(0.1)),
+    "one key": ((1, 2, 2, 31, 1, 16, 16), Band(0.3, causal=True)),
+    "two rows, wide": ((1, 2, 2, 2, 31, 40, 64), Band(0.2, causal=True, offset=29)),
+    "shared head": ((1, 4, 1, 31, 63, 8, 24), Band(0.4)),
+    "causal": ((1, 2, 2, 63, 63, 24, 16), Band(0.2, causal=True)),
+    "causal, long": ((1, 1, 1, 97, 97, 16, 40), Band(0.3, causal=True)),
+    "causal, shared heads": ((1, 4, 2, 63, 31, 16, 8), Band(0.3, causal=True)),
+    "suffix of queries": ((1, 2, 1, 31, 97, 64, 64), Band(0.1, causal=True, offset=66)),
+    "rows without a key": ((2, 1, 1, 63, 31, 24, 24), Band(0.2, causal=True, offset=-32)),
+    "no row has a key": ((1, 1, 1, 31, 31, 8, 8), Band(0.2, causal=True, offset=-40)),
+    "window": ((1, 2, 1, 97, 97, 8, 16), Band(0.3, causal=True, window=20)),
+    "window of one": ((1, 1, 1, 63, 63, 16, 8), Band(0.3, causal=True, window=1)),
+    "window, suffix": ((1, 1, 1, 31, 97, 40, 24), Band(0.3, causal=True, offset=66, window=33)),
+    "window beyond everything": ((1, 1, 1, 31, 63, 16, 16), Band(0.3, causal=True, window=2**40)),
+    "window that some rows leave behind": ((1, 1, 1, 97, 31, 16, 16), Band(0.3, causal=True, window=5)),
+    "no keys": ((1, 2, 1, 5, 0, 8, 8), Band(0.3)),
+    "no rows": ((1, 2, 1, 0, 5, 8, 8), Band(0.3)),
+    "no batch": ((0, 2, 1, 3, 5, 8, 8), Band(0.3)),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("case", list(COVERING))
+def test_every_output_equals_the_formulas(case, dtype, tolerance):
+    sizes, band = COVERING[case]
+    operands = Operands.draw(sizes, dtype)
+    found = operands.outputs(OPERATORS, band)
+    expected = operands.map(Tensor.double).outputs(FORMULAS, band)
+    for name, value in found.items():
+        assert value.dtype == (torch.float32 if name == "lse" else dtype)
+        if name == "lse" and sizes[4] == 0:
+            assert (value == torch.inf).all()  # the formulas' sum over nothing is -inf
+            continue
+        assert relative(value, expected[name]) <= tolerance, name
+
+
+def test_any_strides_are_read():
+    band = Band(0.3, causal=True)
+    operands = Operands.draw((2, 2, 2, 31, 31, 16, 16), torch.float32)
+    expected = operands.outputs(OPERATORS, band)
+    layouts = itertools.cycle([(3, 1, 0, 2), (2, 0, 3, 1), (1, 3, 2, 0)])
+
+    def rearranged(tensor: Tensor) -> Tensor:
+        layout = next(layouts)
+        back = [layout.index(dim) for dim in range(4)]
+        return tensor.permute(layout).contiguous().permute(back)
+
+    for name, value in operands.map(rearranged).outputs(OPERATORS, band).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_expanded_operands_are_read():
+    operands = Operands.draw((2, 2, 2, 17, 17, 16, 16), torch.float32)
+    expanded = operands.map(lambda t: t[:1, :1, :1].expand_as(t))
+    found = expanded.outputs(OPERATORS, Band(0.3))
+    for name, value in expanded.map(Tensor.double).outputs(FORMULAS, Band(0.3)).items():
+        # keys that are all equal leave no gradient but rounding
+        assert (found[name].double() - value).norm() <= 1e-5 * (1 + value.norm()), name
+
+
+def test_curvature_is_symmetric():
+    """<H x, y> = <x, H y> for two directions of the Hessian of <dO, O>."""
+    band = Band(0.3, causal=True)
+    sizes = (1, 2, 1, 40, 40, 24, 16)
+    operands, other = Operands.draw(sizes, torch.float32), Operands.draw(sizes, torch.float32, seed=1)
+    inputs = operands.query, operands.key, operands.value
+    primals = *inputs, *OPERATORS.forward(*inputs, band), operands.cotangent
+
+    def quadratic(along: Gradients, against: Gradients) -> Tensor:
+        product = OPERATORS.hvp(*primals, along, band)[:3]
+        return sum((a * b).double().sum() for a, b in zip(product, against, strict=True))
+
+    forth = quadratic(operands.directions, other.directions)
+    back = quadratic(other.directions, operands.directions)
+    torch.testing.assert_close(forth, back, rtol=1e-5, atol=0)
+
+
+def test_the_cotangents_part_of_the_curvature_is_the_jvp():
+    operands = Operands.draw((1, 2, 1, 40, 33, 24, 16), torch.float32)
+    outputs = operands.outputs(OPERATORS, Band(0.3, causal=True))
+    assert torch.equal(outputs["gdo"], outputs["jvp"])
+
+
+def test_two_calls_give_equal_bits():
+    band = Band(0.3, causal=True)
+    operands = Operands.draw((1, 4, 2, 70, 70, 16, 16), torch.float16)
+    first, second = operands.outputs(OPERATORS, band), operands.outputs(OPERATORS, band)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def total(values) -> Tensor:
+    return sum(value.sin().sum() for value in values)
+
+
+def attention_of(operators: AttentionOperators, band: Band):
+    return lambda *inputs: differentiable_attention(*inputs, operators, band)[0]
+
+
+def reverse(attention, inputs, directions, order):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value, found = attention(*leaves).sin().sum(), []
+    for _ in range(order):
+        gradients = torch.autograd.grad(value, leaves, create_graph=True)
+        found += gradients
+        value = sum((g.sin() * t).sum() for g, t in zip(gradients, directions, strict=True))
+    return found
+
+
+def gradients_of(attention):
+    return grad(lambda *inputs: attention(*inputs).sin().sum(), argnums=(0, 1, 2))
+
+
+def vmapped_grad_of_grad(attention, inputs, _):
+    second = grad(lambda *x: total(gradients_of(attention)(*x)), argnums=(0, 1, 2))
+    stacked = [torch.stack([x, 0.5 * x]) for x in inputs]
+    return vmap(second, in_dims=(0, None, 0))(stacked[0], inputs[1], stacked[2])
+
+
+COMPOSITIONS = {
+    "backward": lambda f, x, t: reverse(f, x, t, 1),
+    "double backward": lambda f, x, t: reverse(f, x, t, 2),
+    "jvp(grad)": lambda f, x, t: jvp(gradients_of(f), x, t)[1],
+    "grad(jvp)": lambda f, x, t: grad(lambda *y: jvp(f, y, t)[1].sin().sum(), argnums=(0, 1, 2))(*x),
+    "vmap(grad(grad))": vmapped_grad_of_grad,
+}
+THIRD = {
+    "third order": lambda f, x, t: reverse(f, x, t, 3),
+    "grad(jvp(grad))": lambda f, x, t: grad(
+        lambda *y: total(jvp(gradients_of(f), y, t)[1]), argnums=(0, 1, 2)
+    )(*x),
+}
+
+
+@pytest.mark.parametrize("composition", [*COMPOSITIONS, *THIRD])
+def test_the_chain_over_the_kernels_is_exact(composition):
+    band = Band(0.3, causal=True)
+    operands = Operands.draw((1, 2, 1, 9, 17, 8, 16), torch.float32)
+    compute = (COMPOSITIONS | THIRD)[composition]
+    exact = operands.map(Tensor.double)
+    expected = compute(
+        attention_of(FORMULAS, band), (exact.query, exact.key, exact.value), tuple(exact.directions)
+    )
+    found = compute(
+        attention_of(OPERATORS, band),
+        (operands.query, operands.key, operands.value),
+        tuple(operands.directions),
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) <= 5e-6
+
+
+@pytest.fixture
+def forbidden_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor-operation formulas of attention raise."""
+
+    def refuse(*_):
+        raise AssertionError("the formulas were used in place of a kernel")
+
+    for name in ("forward", "vjp", "jvp", "hvp"):
+        monkeypatch.setattr(CustomOperators, name, refuse)
+
+
+@pytest.mark.usefixtures("forbidden_formulas")
+@pytest.mark.parametrize("composition", list(COMPOSITIONS))
+def test_orders_up_to_the_second_are_launches(composition):
+    operands = Operands.draw((1, 2, 1, 9, 17, 8, 16), torch.float32)
+    launches.clear()
+    COMPOSITIONS[composition](
+        attention_of(OPERATORS, Band(0.3)),
+        (operands.query, operands.key, operands.value),
+        tuple(operands.directions),
+    )
+    first_order = {"forward_rows", "vjp_rows", "vjp_columns"}
+    assert first_order <= launches.keys()
+    if composition != "backward":
+        assert {"jvp_rows", "hvp_rows", "hvp_columns"} <= launches.keys()
+
+
+def test_an_operator_is_its_kernels_and_no_more():
+    operands = Operands.draw((2, 2, 1, 9, 17, 8, 16), torch.float32)
+    launches.clear()
+    operands.outputs(OPERATORS, Band(0.3))
+    assert launches == {
+        "forward_rows": 1,
+        "vjp_rows": 1,
+        "vjp_columns": 1,
+        "jvp_rows": 2,
+        "hvp_rows": 1,
+        "hvp_columns": 1,
+    }
+
+
+@pytest.mark.usefixtures("forbidden_formulas")
+@pytest.mark.parametrize("composition", list(THIRD))
+def test_the_third_order_takes_the_formulas(composition):
+    operands = Operands.draw((1, 1, 1, 9, 9, 8, 8), torch.float32)
+    inputs, directions = (operands.query, operands.key, operands.value), tuple(operands.directions)
+    with pytest.raises(AssertionError, match="the formulas were used"):
+        THIRD[composition](attention_of(OPERATORS, Band(0.3)), inputs, directions)
+
+
+def meta_gradient_error(steps: int, tasks: int, batch: int, length: int) -> float:
+    """Relative distance of the FULL meta-gradient on the kernels from the explicit softmax in float64."""
+    torch.manual_seed(0)
+    model = SeqClassifier(64, 5, backend="reference").to(DEVICE)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        x = torch.randn(tasks, batch, length, 64)
+        return x.to(DEVICE), torch.randint(5, (tasks, batch)).to(DEVICE)
+
+    support, query = draw(), draw()
+    options = {"mode": "FULL", "inner_steps": steps, "inner_lr": 0.4}
+    exact = meta_gradient(
+        copy.deepcopy(model).double(),
+        (support[0].double(), support[1]),
+        (query[0].double(), query[1]),
+        **options,
+    ).grads
+    with registered_backend("kernels under test", backend_over(OPERATORS), supports=supports) as name:
+        model.backend = name
+        found = meta_gradient(model, support, query, **options).grads
+    error = sum((found[n].double() - exact[n]).square().sum() for n in exact)
+    return (error / sum(g.square().sum() for g in exact.values())).sqrt().item()
+
+
+@pytest.mark.usefixtures("forbidden_formulas")
+@pytest.mark.parametrize("steps", [1, 5])
+def test_full_meta_gradient(steps):
+    assert meta_gradient_error(steps, tasks=2, batch=2, length=17) <= 2e-6
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the device is there")
+def test_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(triton_fused, "_INTERPRETED", False)
+    operands = Operands.draw((1, 1, 1, 3, 3, 8, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"CUDA devices, and the CPU where TRITON_INTERPRET=1 .*, not cpu"):
+        OPERATORS.forward(operands.query, operands.key, operands.value, Band(1.0))
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "message"),
+    [
+        (257, torch.float32, "widths up to 256, not 257"),
+        (8, torch.float64, r"torch.float32, torch.bfloat16, torch.float16, not torch.float64"),
+    ],
+)
+def test_what_no_kernel_computes_is_refused(width, dtype, message):
+    operands = Operands.draw((1, 1, 1, 3, 3, 8, width), dtype)
+    with pytest.raises(ValueError, match=message):
+        OPERATORS.forward(operands.query, operands.key, operands.value, Band(1.0))
+
+
+def test_operands_of_several_dtypes_are_refused():
+    operands = Operands.draw((1, 1, 1, 3, 3, 8, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"one dtype and device .*, not torch.float16"):
+        OPERATORS.forward(operands.query, operands.key.half(), operands.value, Band(1.0))
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision must be one of \('ieee', 'tf32x3', 'tf32'\)"):
+        TritonOperators(precision="bf16")
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------
+
+
+def explicit_softmax(operands: Operands, band: Band) -> dict[str, Tensor]:
+    """The same outputs by autograd through an explicit softmax, computed in the operands' dtype."""
+    sharing = operands.query.shape[1] // operands.key.shape[1]
+    q, k, v = (t.clone().requires_grad_() for t in (operands.query, operands.key, operands.value))
+    cotangent = operands.cotangent.clone().requires_grad_()
+    scores = band.scale * q @ k.repeat_interleave(sharing, 1).mT
+    if band.causal:
+        own = torch.arange(q.shape[2], device=DEVICE)[:, None] + band.offset
+        index = torch.arange(k.shape[2], device=DEVICE)[None, :]
+        hidden = index > own
+        if band.window is not None:
+            hidden |= index <= own - band.window
+        dead = hidden.all(-1, keepdim=True)
+        scores = scores.masked_fill(hidden & ~dead, -torch.inf)
+        out = scores.softmax(-1).masked_fill(dead, 0) @ v.repeat_interleave(sharing, 1)
+    else:
+        out = scores.softmax(-1) @ v.repeat_interleave(sharing, 1)
+    first = torch.autograd.grad(out, (q, k, v), cotangent, create_graph=True)
+    second = torch.autograd.grad(first, (q, k, v, cotangent), operands.directions)
+    names = ["out", "dq", "dk", "dv", "gq", "gk", "gv", "gdo"]
+    return {n: t.detach() for n, t in zip(names, (out, *first, *second), strict=True)}
+
+
+LARGE = {
+    "causal": ((2, 4, 4, 1025, 1025, 64, 64), Band(0.125, causal=True)),
+    "full": ((1, 2, 2, 513, 700, 64, 64), Band(0.125)),
+    "full, wide": ((1, 2, 2, 512, 512, 128, 128), Band(0.09)),
+    "one shared head, suffix": ((1, 4, 1, 257, 1025, 128, 64), Band(0.09, causal=True, offset=768)),
+    "odd widths, window": ((1, 2, 2, 1000, 1000, 40, 72), Band(0.15, causal=True, window=100)),
+    "widest": ((2, 2, 2, 97, 130, 256, 256), Band(0.06, causal=True, offset=33)),
+    "causal, long": ((1, 2, 2, 4097, 4097, 64, 64), Band(0.125, causal=True)),
+    "rows without a key": ((1, 4, 2, 300, 100, 64, 64), Band(0.125, causal=True, offset=-200)),
+}
+RMS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(RMS))
+@pytest.mark.parametrize("case", list(LARGE))
+def test_errors_are_those_of_the_same_dtype_explicit_softmax(case, dtype):
+    sizes, band = LARGE[case]
+    operands = Operands.draw(sizes, dtype)
+    found = operands.outputs(OPERATORS, band)
+    exact = explicit_softmax(operands.map(Tensor.double), band)
+    same_dtype = explicit_softmax(operands, band)
+    for name, value in exact.items():
+        allowed = (2 if name == "out" else 3) * (same_dtype[name].double() - value).abs().max()
+        assert (found[name].double() - value).abs().max() <= allowed, name
+        assert relative(found[name], value) <= RMS[dtype], name
+    assert torch.equal(found["jvp"], found["gdo"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("tf32x3", 1e-5), ("tf32", 5e-3)])
+def test_selectable_precisions(precision, tolerance):
+    sizes, band = LARGE["causal"]
+    operands = Operands.draw(sizes, torch.float32)
+    found = operands.outputs(TritonOperators(precision), band)
+    for name, value in explicit_softmax(operands.map(Tensor.double), band).items():
+        assert relative(found[name], value) <= tolerance, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(RMS))
+def test_fifty_repeats_give_equal_bits(dtype):
+    band = Band(0.125, causal=True)
+    operands = Operands.draw((2, 8, 4, 700, 700, 64, 64), dtype)
+    first = operands.outputs(OPERATORS, band)
+    for _ in range(50):
+        repeated = operands.outputs(OPERATORS, band)
+        assert all(torch.equal(repeated[name], first[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_more_heads_than_a_grid_axis_holds():
+    operands = Operands.draw((35_000, 2, 1, 3, 5, 16, 16), torch.float32)
+    found = operands.outputs(OPERATORS, Band(0.3))
+    for name, value in operands.map(Tensor.double).outputs(FORMULAS, Band(0.3)).items():
+        assert relative(found[name], value) <= 2e-6, name
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31():
+    band = Band(0.3, causal=True)
+    operands = Operands.draw((2, 2, 2, 33, 33, 16, 16), torch.bfloat16)
+    expected = operands.outputs(OPERATORS, band)
+    far = 2**31 // 32 + 64
+    strides = itertools.cycle([(16, 32, far, 1), (far * 33, 16, 64, 1), (16, 32, 64, far)])
+
+    def spread(tensor: Tensor) -> Tensor:
+        stride = next(strides)
+        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
+        memory = torch.empty(extent, dtype=tensor.dtype, device=DEVICE)
+        return memory.as_strided(tensor.shape, stride).copy_(tensor)
+
+    for name, value in operands.map(spread).outputs(OPERATORS, band).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.gpu
+def test_memory_of_the_second_derivative_is_linear_in_length():
+    peaks = []
+    for length in (2048, 4096):
+        operands = Operands.draw((1, 4, 4, length, length, 64, 64), torch.bfloat16)
+        inputs = operands.query, operands.key, operands.value
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        reverse(attention_of(OPERATORS, Band(0.125, causal=True)), inputs, operands.directions, 2)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 2.1 * peaks[0]
+    assert peaks[1] < 4 * 4096 * 4096  # one byte for each score of each head
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("forbidden_formulas")
+@pytest.mark.parametrize("steps", [1, 5, 10, 20])
+def test_full_meta_gradient_at_the_studys_size(steps):
+    assert meta_gradient_error(steps, tasks=16, batch=16, length=32) <= 2e-6
+
+
+def test_the_backend_says_what_it_supports():
+    operands = Operands.draw((1, 1, 1, 3, 3, 8, 8), torch.float32)
+    with registered_backend("kernels", backend_over(OPERATORS), supports=supports):
+        from theria.attention.call import describe_call
+
+        call = describe_call(
+            operands.query,
+            operands.key,
+            operands.value,
+            is_causal=False,
+            window=None,
+            causal_alignment="upper_left",
+            scale=None,
+            enable_gqa=False,
+        )
+        assert select_backend(call, "kernels") == "kernels"
+        with pytest.raises(NotImplementedError, match=r"'kernels' cannot do this call: it supports widths"):
+            select_backend(call._replace(query_shape=(1, 1, 3, 300)), "kernels")

@@ -105,6 +105,13 @@ def test_auto_takes_the_fused_backend_where_it_can():
     assert select_backend(CALL, "auto") == "reference"
 
 
+def test_auto_leaves_the_fused_backend_what_is_not_automatic():
+    register_backend("triton_fused", nothing, automatic=lambda call: call.dtype == torch.float32)
+    assert select_backend(CALL._replace(dtype=torch.float32), "auto") == "triton_fused"
+    assert select_backend(CALL, "auto") == "reference"
+    assert select_backend(CALL, "triton_fused") == "triton_fused"
+
+
 def test_auto_takes_no_other_backend():
     register_backend("custom", nothing)
     register_backend("mine", nothing)

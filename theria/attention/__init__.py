@@ -5,6 +5,8 @@ Callers use ``scaled_dot_product_attention`` alone. A backend is one function (t
 cannot do. ``reference`` is the specification that every other backend is tested against.
 """
 
+from importlib.util import find_spec
+
 from theria.attention.api import resolve_backend, scaled_dot_product_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
@@ -20,6 +22,18 @@ from theria.attention.registry import (
 
 register_backend("reference", reference_attention)
 register_backend("custom", backend_over(CustomOperators()))
+
+# Triton is published for Linux alone
+if find_spec("triton") is not None:
+    from theria.attention.triton_fused import TritonOperators, supports
+
+    register_backend(
+        "triton_fused",
+        backend_over(TritonOperators()),
+        supports=supports,
+        # on the CPU it is an interpreter: for tests, never by itself
+        automatic=lambda call: call.device.type == "cuda",
+    )
 
 __all__ = [
     "AttentionBackend",

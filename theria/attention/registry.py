@@ -51,13 +51,19 @@ Supports = Callable[[AttentionCall], str | None]
 class _Registration(NamedTuple):
     function: AttentionBackend
     supports: Supports | None
+    automatic: Callable[[AttentionCall], bool]
 
 
 _registered: dict[str, _Registration] = {}
 
 
 def register_backend(
-    name: str, function: AttentionBackend, *, supports: Supports | None = None, replace: bool = False
+    name: str,
+    function: AttentionBackend,
+    *,
+    supports: Supports | None = None,
+    automatic: Callable[[AttentionCall], bool] = lambda call: True,
+    replace: bool = False,
 ) -> None:
     """Make ``function`` selectable as ``backend=name``.
 
@@ -67,6 +73,7 @@ def register_backend(
         supports: returns None for a call the backend computes exactly, else the reason it cannot, which
             should say what is supported: it becomes part of the error. It must depend on the description
             alone. Without it the backend takes every valid call.
+        automatic: of the calls it supports, those that "auto" may give to a backend it looks for.
         replace: allow a name that is registered already.
 
     Raises:
@@ -76,19 +83,24 @@ def register_backend(
         raise ValueError(f"a backend needs a name other than {AUTO!r} and the empty one, received {name!r}")
     if name in _registered and not replace:
         raise ValueError(f"attention backend {name!r} is registered already; pass replace=True to replace it")
-    _registered[name] = _Registration(function, supports)
+    _registered[name] = _Registration(function, supports, automatic)
 
 
 @contextmanager
 def registered_backend(
-    name: str, function: AttentionBackend, *, supports: Supports | None = None, replace: bool = False
+    name: str,
+    function: AttentionBackend,
+    *,
+    supports: Supports | None = None,
+    automatic: Callable[[AttentionCall], bool] = lambda call: True,
+    replace: bool = False,
 ) -> Iterator[str]:
     """Register a backend for the length of a ``with`` block, then restore what the name meant before.
 
     Takes the arguments of ``register_backend`` and raises what it raises; yields the name.
     """
     before = _registered.get(name)
-    register_backend(name, function, supports=supports, replace=replace)
+    register_backend(name, function, supports=supports, automatic=automatic, replace=replace)
     try:
         yield name
     finally:
@@ -127,8 +139,7 @@ def select_backend(call: AttentionCall, name: str) -> str:
     """
     check_backend_name(name)
     if name == AUTO:
-        usable = (fast for fast in _FASTEST_FIRST if fast in _registered and refusal(fast, call) is None)
-        name = next(usable, FALLBACK)
+        name = next((fast for fast in _FASTEST_FIRST if _is_automatic(fast, call)), FALLBACK)
     reason = refusal(name, call)
     if reason is not None:
         raise NotImplementedError(
@@ -146,3 +157,8 @@ def refusal(name: str, call: AttentionCall) -> str | None:
     """Why the registered backend ``name`` cannot do ``call``; None where it can."""
     supports = _registered[name].supports
     return None if supports is None else supports(call)
+
+
+def _is_automatic(name: str, call: AttentionCall) -> bool:
+    backend = _registered.get(name)
+    return backend is not None and refusal(name, call) is None and backend.automatic(call)

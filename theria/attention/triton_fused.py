@@ -73,7 +73,9 @@ class TritonOperators:
         self, query: Query, key: Key, value: Value, out: Out, lse: LogSumExp, cotangent: Out, band: Band
     ) -> Gradients:
         """Gradient of <dO, O>."""
-        grads = Gradients(*(_empty(t, t.shape[-1]) for t in (query, key, value)))
+        grads = Gradients(
+            _empty(query, query.shape[-1]), _empty(key, key.shape[-1]), _empty(value, value.shape[-1])
+        )
         delta = _empty_rows(query)
         qkv = (query, key, value)
         self._launch("vjp_rows", (*qkv, out, lse, cotangent, grads.query, delta), *qkv, band)
@@ -119,7 +121,10 @@ class TritonOperators:
         """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
         qkv = (query, key, value)
         curvature = Curvature(
-            *(_empty(t, t.shape[-1]) for t in qkv), out_cotangent=_empty(query, value.shape[-1])
+            _empty(query, query.shape[-1]),
+            _empty(key, key.shape[-1]),
+            _empty(value, value.shape[-1]),
+            _empty(query, value.shape[-1]),
         )
         rows = tuple(_empty_rows(query) for _ in range(3))
         given = (*qkv, lse, cotangent, *cotangents, *rows)

@@ -34,8 +34,41 @@ SAFE = {
 }
 """By (bytes an element, width): what runs on any device that Triton knows."""
 
-TUNED: dict[tuple[str, str, str, int], Tiles] = {}
-"""By (device generation, kernel, arithmetic, width), as ``benchmarks/tune_attention.py`` finds them."""
+TUNED = {
+    ("hopper", "half", 64): {
+        "forward_rows": Tiles(64, 64, 4, 3),
+        "vjp_rows": Tiles(128, 64, 4, 3),
+        "vjp_columns": Tiles(64, 128, 4, 2),
+        "jvp_rows": Tiles(64, 64, 4, 3),
+        "hvp_rows": Tiles(64, 64, 4, 2),
+        "hvp_columns": Tiles(64, 64, 4, 3),
+    },
+    ("hopper", "half", 128): {
+        "forward_rows": Tiles(64, 64, 4, 2),
+        "vjp_rows": Tiles(64, 64, 4, 2),
+        "vjp_columns": Tiles(64, 64, 4, 2),
+        "jvp_rows": Tiles(128, 64, 8, 2),
+        "hvp_rows": Tiles(128, 64, 8, 2),
+        "hvp_columns": Tiles(32, 128, 8, 2),
+    },
+    ("hopper", "ieee", 64): {
+        "forward_rows": Tiles(32, 64, 4, 1),
+        "vjp_rows": Tiles(32, 64, 4, 1),
+        "vjp_columns": Tiles(32, 32, 4, 2),
+        "jvp_rows": Tiles(16, 64, 4, 1),
+        "hvp_rows": Tiles(16, 16, 4, 1),
+        "hvp_columns": Tiles(64, 16, 4, 1),
+    },
+    ("hopper", "tf32x3", 64): {
+        "forward_rows": Tiles(32, 64, 4, 1),
+        "vjp_rows": Tiles(32, 64, 4, 1),
+        "vjp_columns": Tiles(64, 32, 4, 1),
+        "jvp_rows": Tiles(32, 32, 4, 2),
+        "hvp_rows": Tiles(128, 32, 8, 1),
+        "hvp_columns": Tiles(64, 32, 4, 1),
+    },
+}
+"""By (device generation, arithmetic, width), then by kernel: the fastest of those measured."""
 
 
 def tiles_for(kernel: str, dtype: torch.dtype, precision: str, width: int, device: torch.device) -> Tiles:
@@ -52,7 +85,8 @@ def tiles_for(kernel: str, dtype: torch.dtype, precision: str, width: int, devic
         return INTERPRETER
     bucket = max(64, _power_of_two(width))
     arithmetic = precision if dtype == torch.float32 else "half"
-    return TUNED.get((generation(device), kernel, arithmetic, bucket)) or SAFE[dtype.itemsize, bucket]
+    tuned = TUNED.get((generation(device), arithmetic, bucket), {})
+    return tuned.get(kernel, SAFE[dtype.itemsize, bucket])
 
 
 def generation(device: torch.device) -> str:

@@ -104,7 +104,10 @@ COVERING = {
     "window of one": ((1, 1, 1, 63, 63, 16, 8), Band(0.3, causal=True, window=1)),
     "window, suffix": ((1, 1, 1, 31, 97, 40, 24), Band(0.3, causal=True, offset=66, window=33)),
     "window beyond everything": ((1, 1, 1, 31, 63, 16, 16), Band(0.3, causal=True, window=2**40)),
-    "window that some rows leave behind": ((1, 1, 1, 97, 31, 16, 16), Band(0.3, causal=True, window=5)),
+    "window longer than the keys, left behind by some rows": (
+        (1, 1, 1, 97, 31, 16, 16),
+        Band(0.3, causal=True, window=40),
+    ),
     "no keys": ((1, 2, 1, 5, 0, 8, 8), Band(0.3)),
     "no rows": ((1, 2, 1, 0, 5, 8, 8), Band(0.3)),
     "no batch": ((0, 2, 1, 3, 5, 8, 8), Band(0.3)),

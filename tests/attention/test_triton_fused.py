@@ -351,8 +351,8 @@ def test_operands_of_several_dtypes_are_refused():
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match=r"precision must be one of \('ieee', 'tf32x3', 'tf32'\)"):
-        TritonOperators(precision="bf16")
+    with pytest.raises(ValueError, match=r"precision must be one of \('ieee', 'bf16x6', 'tf32x3', 'tf32'\)"):
+        TritonOperators(precision="float32")
 
 
 def call_of(device: str, width: int) -> AttentionCall:
@@ -438,7 +438,7 @@ def test_errors_are_those_of_the_same_dtype_explicit_softmax(case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("tf32x3", 1e-5), ("tf32", 5e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16x6", 2e-6), ("tf32x3", 1e-5), ("tf32", 5e-3)])
 def test_selectable_precisions(precision, tolerance):
     sizes, band = LARGE["causal"]
     operands = Operands.draw(sizes, torch.float32)

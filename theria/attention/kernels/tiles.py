@@ -38,7 +38,7 @@ TUNED = {
     ("hopper", "half", 64): {
         "forward_rows": Tiles(64, 64, 4, 3),
         "vjp_rows": Tiles(128, 64, 4, 3),
-        "vjp_columns": Tiles(64, 128, 4, 2),
+        "vjp_columns": Tiles(64, 64, 4, 3),
         "jvp_rows": Tiles(64, 64, 4, 3),
         "hvp_rows": Tiles(64, 64, 4, 2),
         "hvp_columns": Tiles(64, 64, 4, 3),
@@ -50,6 +50,14 @@ TUNED = {
         "jvp_rows": Tiles(128, 64, 8, 2),
         "hvp_rows": Tiles(128, 64, 8, 2),
         "hvp_columns": Tiles(32, 128, 8, 2),
+    },
+    ("hopper", "half", 256): {
+        "forward_rows": Tiles(64, 64, 4, 2),
+        "vjp_rows": Tiles(64, 64, 4, 2),
+        "vjp_columns": Tiles(64, 64, 8, 1),
+        "jvp_rows": Tiles(128, 32, 8, 1),
+        "hvp_rows": Tiles(64, 32, 4, 2),
+        "hvp_columns": Tiles(32, 32, 4, 1),
     },
     ("hopper", "ieee", 64): {
         "forward_rows": Tiles(32, 64, 4, 1),
@@ -67,6 +75,30 @@ TUNED = {
         "hvp_rows": Tiles(128, 32, 8, 1),
         "hvp_columns": Tiles(64, 32, 4, 1),
     },
+    ("hopper", "tf32x3", 128): {
+        "forward_rows": Tiles(32, 32, 4, 1),
+        "vjp_rows": Tiles(32, 32, 4, 1),
+        "vjp_columns": Tiles(32, 32, 4, 1),
+        "jvp_rows": Tiles(64, 32, 4, 1),
+        "hvp_rows": Tiles(64, 16, 4, 1),
+        "hvp_columns": Tiles(32, 32, 4, 1),
+    },
+    ("hopper", "bf16x6", 64): {
+        "forward_rows": Tiles(64, 64, 4, 1),
+        "vjp_rows": Tiles(64, 64, 4, 1),
+        "vjp_columns": Tiles(32, 64, 4, 1),
+        "jvp_rows": Tiles(64, 64, 4, 1),
+        "hvp_rows": Tiles(128, 64, 8, 1),
+        "hvp_columns": Tiles(32, 128, 8, 1),
+    },
+    ("hopper", "bf16x6", 128): {
+        "forward_rows": Tiles(64, 32, 4, 1),
+        "vjp_rows": Tiles(128, 32, 8, 1),
+        "vjp_columns": Tiles(32, 32, 4, 1),
+        "jvp_rows": Tiles(128, 32, 8, 1),
+        "hvp_rows": Tiles(64, 32, 4, 1),
+        "hvp_columns": Tiles(32, 32, 4, 1),
+    },
 }
 """By (device generation, arithmetic, width), then by kernel: the fastest of those measured."""
 
@@ -77,7 +109,7 @@ def tiles_for(kernel: str, dtype: torch.dtype, precision: str, width: int, devic
     Args:
         kernel: a name of `theria.attention.triton_fused.launches`.
         dtype: of query, key and value.
-        precision: of float32 products, "ieee", "tf32x3" or "tf32".
+        precision: of float32 products, one of `theria.attention.triton_fused.PRECISIONS`.
         width: the larger of dim and value_dim.
         device: that it runs on; on the CPU it is the interpreter.
     """

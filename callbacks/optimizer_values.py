@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch.optim import Optimizer
 
 Values = dict[str, Any]
 
+# What decides which tensors an optimiser keeps.
+_DECIDES_STATE = ("amsgrad", "centered")
+# Settings that one kind of optimiser has and another has not.
+_TELLS_KIND = ("betas", "momentum", "alpha", "rho", "lambd", "etas", "lr_decay", "max_iter")
 # Of a scheduler's state, what follows from the optimiser's learning rates.
 _DERIVED = ("base_lrs", "_last_lr")
 
@@ -55,6 +60,7 @@ class ConfiguredOptimizerValues(Callback):
             rates = [float(group["lr"]) for group in optimizer.param_groups]
             for index, (then, configured) in enumerate(zip(then_groups, now_groups, strict=False)):
                 owner = f"{type(optimizer).__name__}, parameter group {index}"
+                _check_same_kind(owner, then, configured)
                 for name, value in _changed(owner, then, configured):
                     if name == "lr":
                         moved = _moved_alike(rates[index], then.get(name), value)
@@ -94,6 +100,17 @@ def _is_primitive(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(_is_primitive(item) for item in value)
     return type(value) in (bool, int, float, str, Counter)
+
+
+def _check_same_kind(owner: str, then: Values, now: Values) -> None:
+    """Refuse an optimiser that would not find its state in what another kind of optimiser saved."""
+    differing = [name for name in _DECIDES_STATE if then.get(name) != now.get(name)]
+    differing += [name for name in _TELLS_KIND if (name in then) != (name in now)]
+    if differing:
+        raise MisconfigurationException(
+            f"{owner} differs from the checkpoint's optimiser in {', '.join(differing)}, so its saved state"
+            " does not fit: keep the optimiser, or start a new run"
+        )
 
 
 def _changed(owner: str, then: Values, now: Values) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """Checkpoints on disk: written atomically, verified when read, tensors and primitives only."""
 
-import pickle
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -35,6 +34,9 @@ class UnreadableCheckpointError(ValueError):
         super().__init__(f"{path} cannot be read as a checkpoint: {reason}")
         self.path = path
         self.reason = reason
+
+
+_DIRECTORY_ATTRIBUTE = 0x10  # of MS-DOS, which zip archives keep
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -84,17 +86,25 @@ def read_checkpoint(path: Path, map_location: Any | None = "cpu") -> dict[str, A
         # torch.load looks at the archive's directory but not at its checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+            # torch reads nothing from a member whose attributes call it a directory
+            directories = [member.filename for member in archive.infolist() if _is_directory(member)]
+    except Exception as error:  # a damaged archive directory raises whatever its bytes lead to
         raise UnreadableCheckpointError(path, "the file is truncated or damaged") from error
     if damaged is not None:
         raise UnreadableCheckpointError(path, f"the checksum of its member {damaged} is wrong")
+    if directories:
+        raise UnreadableCheckpointError(path, f"its member {directories[0]} is marked as a directory")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # likewise
         raise UnreadableCheckpointError(path, "it holds more than tensors and primitives") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UnreadableCheckpointError(path, "it has no state_dict")
     return checkpoint
+
+
+def _is_directory(member: zipfile.ZipInfo) -> bool:
+    return member.is_dir() or bool(member.external_attr & _DIRECTORY_ATTRIBUTE)
 
 
 def check_primitive(value: Any, where: str = "checkpoint") -> None:

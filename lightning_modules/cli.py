@@ -161,6 +161,10 @@ class TheriaCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check what only shows once everything is built, then open the run directory."""
         _check_settings(self.model, self.trainer)
+        _check_agreement(self.model, self.datamodule)
+        if self.trainer.precision == "64-true":
+            # Lightning restores before it converts, which would round a checkpoint's weights to single
+            self.model.double()
         if self.restart is not None:
             _check_shapes(self.model, self.restart)
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
@@ -221,6 +225,8 @@ def _with_config_of_run(args: list[str], subcommands: dict[str, set[str]]) -> li
     given, _ = known.parse_known_args(args)
     if given.ckpt_path is None or given.config is not None:
         return args
+    if not Path(given.ckpt_path).exists():
+        fail(f"nothing to start from: there is no {given.ckpt_path}")
     config = config_beside(given.ckpt_path)
     subcommand = next((index for index, arg in enumerate(args) if arg in subcommands), None)
     if config is None or subcommand is None:
@@ -230,7 +236,7 @@ def _with_config_of_run(args: list[str], subcommands: dict[str, set[str]]) -> li
 
 def _check_settings(model: LightningModule, trainer: Trainer) -> None:
     """Refuse what Lightning would stumble over only while it runs, or not at all."""
-    if trainer.val_check_interval == 0:
+    if getattr(trainer, "val_check_interval", None) == 0:
         fail("trainer.val_check_interval must not be 0; for no validation set trainer.limit_val_batches to 0")
     if model.automatic_optimization:
         return
@@ -242,6 +248,16 @@ def _check_settings(model: LightningModule, trainer: Trainer) -> None:
             fail(
                 f"trainer.{name} has no effect, since {type(model).__name__} takes its own optimiser steps: "
                 "leave it out"
+            )
+
+
+def _check_agreement(model: LightningModule, data: LightningDataModule) -> None:
+    """Refuse a model and data that were given different values of one setting."""
+    for name in model.hparams.keys() & data.hparams.keys() - {"_class_path", "_instantiator"}:
+        if model.hparams[name] != data.hparams[name]:
+            fail(
+                f"{name} is {model.hparams[name]} for {type(model).__name__} and {data.hparams[name]} for"
+                f" {type(data).__name__}: give both the same"
             )
 
 

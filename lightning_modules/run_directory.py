@@ -109,7 +109,8 @@ def checkpoint_files(run: Path) -> list[Path]:
         match = CHECKPOINT_NAME.fullmatch(path.name)
         return (int(match[1]), 0.0) if match else (-1, path.stat().st_mtime)
 
-    return sorted((run / CHECKPOINTS).glob("*.ckpt"), key=age, reverse=True)
+    files = (path for path in (run / CHECKPOINTS).glob("*.ckpt") if path.is_file())
+    return sorted(files, key=age, reverse=True)
 
 
 def config_beside(ckpt_path: str | Path) -> Path | None:

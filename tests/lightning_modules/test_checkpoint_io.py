@@ -137,3 +137,29 @@ def test_removing_is_for_files_that_are_there_or_not(path: Path) -> None:
 def test_storage_options_are_refused(path: Path) -> None:
     with pytest.raises(TypeError, match="storage_options"):
         AtomicCheckpointIO().save_checkpoint(CONTENT, path, storage_options={})
+
+
+def test_a_member_that_became_a_directory_is_noticed(path: Path) -> None:
+    """One flipped bit of the archive's own directory, for which torch would hand out unread memory."""
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(3)}}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.find(b"PK\x01\x02")
+    while b"/data/0" not in content[entry + 46 : entry + 46 + content[entry + 28]]:
+        entry = content.find(b"PK\x01\x02", entry + 1)
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(UnreadableCheckpointError, match="marked as a directory"):
+        read_checkpoint(path)
+
+
+def test_no_flipped_bit_of_the_archives_directory_escapes(path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(3)}}, path)
+    content = path.read_bytes()
+    start = content.find(b"PK\x01\x02")
+    for offset in range(start, len(content), 7):
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ 0x80]) + content[offset + 1 :])
+        try:
+            checkpoint = read_checkpoint(path)
+        except UnreadableCheckpointError:
+            continue
+        assert torch.equal(checkpoint["state_dict"]["weight"], torch.ones(3))

@@ -205,6 +205,36 @@ def test_the_configuration_beats_the_checkpoint() -> None:
     assert before["model"]["init_args"]["mode"] == "FULL"
 
 
+@pytest.mark.parametrize("change", [["torch.optim.SGD"], ["torch.optim.Adam", "--A.amsgrad=true"]])
+def test_another_optimiser_does_not_take_this_ones_state(
+    change: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theria("fit", "--trainer.max_steps=3")
+    optimizer, *rest = change
+    arguments = [argument.replace("A.", "model.init_args.optimizer.init_args.") for argument in rest]
+    with pytest.raises(SystemExit) as end:
+        theria(
+            "fit",
+            "--ckpt_path=runs/meta_seqcls/version_0",
+            f"--model.init_args.optimizer={optimizer}",
+            *arguments,
+        )
+    assert end.value.code == 2
+    assert "its saved state does not fit" in capsys.readouterr().err
+
+
+def test_double_precision_is_restored_as_it_was_saved() -> None:
+    theria("fit", "--trainer.precision=64-true", "--trainer.max_steps=6", "--name=whole")
+    theria("fit", "--trainer.precision=64-true", "--trainer.max_steps=3", "--name=parts")
+    theria("fit", "--ckpt_path=runs/parts/version_0", "--trainer.precision=64-true", "--trainer.max_steps=6")
+    whole, parts = (
+        read_checkpoint(Path(f"runs/{name}/version_0/checkpoints/step_000006.ckpt"))["state_dict"]
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(parts[name], weight) for name, weight in whole.items())
+    assert all(weight.dtype is torch.float64 for weight in whole.values())
+
+
 def test_the_next_resume_takes_the_configuration_of_the_last() -> None:
     theria("fit", "--trainer.max_steps", "2", "--model.init_args.optimizer.init_args.lr", "0.5")
     lr = ("--model.init_args.optimizer.init_args.lr", "0.25")
@@ -316,6 +346,9 @@ def test_checkpoints_are_written_atomically(monkeypatch: pytest.MonkeyPatch) -> 
             "val_check_interval` .99. must be less",
         ),
         (["--trainer.limit_val_batches=-3"], "limit_val_batches"),
+        (["--trainer.val_check_interval", "00:00:00:01"], "val_check_interval"),
+        (["--data.init_args.width", "9"], "width is 6 for MetaSeqClassifier and 9 for SyntheticSeqCls"),
+        (["--data.init_args.num_classes", "4"], "num_classes is 2 for MetaSeqClassifier and 4"),
         (["--ckpt_path", "nowhere"], "no such run directory"),
         (["--ckpt_path", "last"], "name a run directory"),
         (["--trainer.callbacks+=AttentionGradLogger", "--trainer.callbacks.projections", "[other]"], "other"),
@@ -331,6 +364,11 @@ def test_wrong_input_ends_with_one_line(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no GPU is usable: take cpu or auto" in refused(capsys, "fit", "--trainer.accelerator", "gpu")
+
+
+def test_a_run_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "fit", "--ckpt_path", "runs/nowhere", small=False)
+    assert "there is no runs/nowhere" in message
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,3 +162,10 @@ def test_the_configuration_stands_in_the_run(tmp_path: Path) -> None:
     assert config_beside(tmp_path) is None
     (tmp_path / "config.yaml").touch()
     assert config_beside(tmp_path) == config_beside(path) == tmp_path / "config.yaml"
+
+
+def test_a_directory_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    good = save(tmp_path, 100)
+    (tmp_path / "checkpoints" / "step_000200.ckpt").mkdir()
+    (tmp_path / "checkpoints" / "step_000300.ckpt").symlink_to(tmp_path / "nowhere")
+    assert find_restart(tmp_path).checkpoint == good

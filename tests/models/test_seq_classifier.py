@@ -189,3 +189,33 @@ def test_sizes_are_positive_integers(name, size):
 def test_unknown_backend_is_refused_at_construction():
     with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
         SeqClassifier(4, 3, backend="flash")
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "custom"])
+def test_the_stacked_forward_is_the_vmapped_one_through_second_order(absorb, backend):
+    torch.manual_seed(0)
+    model = SeqClassifier(4, 3, backend=backend, absorb_projections=absorb).double()
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [torch.randn(2, *p.shape, dtype=torch.float64) for p in model.parameters()]
+    x = torch.randn(2, 5, 6, 4, dtype=torch.float64)
+
+    def vmapped(*stacked):
+        return torch.func.vmap(
+            lambda own, inputs: torch.func.functional_call(
+                model, dict(zip(names, own, strict=True)), (inputs,)
+            )
+        )(list(stacked), x)
+
+    def directly(*stacked):
+        return model.forward_stacked(dict(zip(names, stacked, strict=True)), x)
+
+    def orders(function):
+        leaves = [p.clone().requires_grad_() for p in parameters]
+        out = function(*leaves)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
+        return [out.detach(), *(t.detach() for t in first), *second]
+
+    for a, b in zip(orders(directly), orders(vmapped), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)

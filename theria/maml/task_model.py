@@ -42,6 +42,7 @@ class TaskModel:
         self.adapted_names = trained if adapt is None else _covered(trained, adapt)
         adapted = set(self.adapted_names)
         self.shared_names = [name for name in trained if name not in adapted]
+        self.all_stacked = len(self.adapted_names) == sum(1 for _ in model.named_parameters())
 
     def initial(self, tasks: int) -> tuple[list[Tensor], list[Tensor]]:
         """Copies cut from the model: adapted parameters (tasks, ...), one a task, and the shared ones."""
@@ -58,7 +59,14 @@ class TaskModel:
         shared: Sequence[Tensor],
         x: Float[Tensor, "tasks batch length width"],
     ) -> Float[Tensor, "tasks batch classes"]:
-        """Every task's logits under its own parameters."""
+        """Every task's logits under its own parameters.
+
+        A model may offer ``forward_stacked(parameters, x)`` for parameters that are all stacked; any other
+        is vmapped.
+        """
+        stacked = getattr(self.model, "forward_stacked", None)
+        if stacked is not None and self.all_stacked:
+            return stacked(dict(zip(self.adapted_names, adapted, strict=True)), x)
 
         def one_task(own: Sequence[Tensor], common: Sequence[Tensor], inputs: Tensor) -> Tensor:
             names = (*self.adapted_names, *self.shared_names)

@@ -1,5 +1,8 @@
 """The sequence classifier of the meta-learning study: one attention head, read from the first token."""
 
+from collections.abc import Mapping
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -65,6 +68,28 @@ class SeqClassifier(nn.Module):
         if self.absorb_projections:
             return self.head(self.v_proj(self._attend(query @ self.k_proj.weight, tokens, tokens)))
         return self.head(self._attend(query, self.k_proj(tokens), self.v_proj(tokens)))
+
+    def forward_stacked(
+        self, parameters: Mapping[str, Tensor], x: Float[Tensor, "tasks batch length width"]
+    ) -> Float[Tensor, "tasks batch num_classes"]:
+        """``forward`` for many tasks at once, each under its own parameters, stacked in front (tasks, ...).
+
+        The same function as ``vmap`` over ``functional_call``, in half as many operations.
+        """
+        tasks, batch, length, width = x.shape
+        query = torch.bmm(x[:, :, 0], parameters["q_proj.weight"].mT)
+        if self.absorb_projections:
+            query, key, value = torch.bmm(query, parameters["k_proj.weight"]), x, x
+        else:
+            tokens = x.view(tasks, batch * length, width)
+            key = torch.bmm(tokens, parameters["k_proj.weight"].mT).view(x.shape)
+            value = torch.bmm(tokens, parameters["v_proj.weight"].mT).view(x.shape)
+        read = scaled_dot_product_attention(
+            query.unsqueeze(2), key, value, scale=width**-0.5, backend=self.backend
+        ).squeeze(2)
+        if self.absorb_projections:
+            read = torch.bmm(read, parameters["v_proj.weight"].mT)
+        return torch.baddbmm(parameters["head.bias"].unsqueeze(1), read, parameters["head.weight"].mT)
 
     def _attend(
         self,

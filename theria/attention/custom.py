@@ -35,8 +35,9 @@ class CustomOperators:
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
         """O = P V and lse."""
         q, k, v = _grouped(query, key), _wide(key), _wide(value)
-        out = _probabilities(q, k, query.shape[-2], band) @ v
-        lse = torch.logsumexp(_scores(q, k, query.shape[-2], band)[0], dim=-1)
+        scores, dead = _scores(q, k, query.shape[-2], band)
+        out = _softmax(scores, dead) @ v
+        lse = torch.logsumexp(scores, dim=-1)
         lse = lse.masked_fill(torch.isneginf(lse), math.inf)
         return _ungrouped(out, query).to(query.dtype), lse.reshape(query.shape[:-1])
 
@@ -132,7 +133,10 @@ def _scores(q: Tensor, k: Tensor, queries: int, band: Band) -> tuple[Scores, Ten
 
 
 def _probabilities(q: Tensor, k: Tensor, queries: int, band: Band) -> Scores:
-    scores, dead = _scores(q, k, queries, band)
+    return _softmax(*_scores(q, k, queries, band))
+
+
+def _softmax(scores: Scores, dead: Tensor | None) -> Scores:
     if dead is None:
         return scores.softmax(-1)
     # a softmax of nothing but -inf is NaN, in its derivatives too: dead rows pass it finite, then are cleared

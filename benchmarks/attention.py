@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
+from benchmarks.measure import cuda_milliseconds
 from benchmarks.report import fitted_exponent, markdown_table, provenance
 from theria.attention import available_backends, scaled_dot_product_attention
 
@@ -136,10 +137,10 @@ def measure(attention: Attention, case: Case, order: int, *, seconds: float) -> 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        times = [_milliseconds(call)]
+        times = [cuda_milliseconds(call)]
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         repeats = max(2, min(50, int(1e3 * seconds / times[0])))
-        times = [_milliseconds(call) for _ in range(repeats)]
+        times = [cuda_milliseconds(call) for _ in range(repeats)]
     except torch.cuda.OutOfMemoryError:
         return Measurement(failure="out of memory")
     except RuntimeError as error:
@@ -155,16 +156,7 @@ def matmul_ceiling(dtype: torch.dtype) -> float:
     a, b = (torch.randn(8192, 8192, dtype=dtype, device="cuda") for _ in range(2))
     for _ in range(3):
         a @ b
-    return 2 * 8192**3 / statistics.median(_milliseconds(lambda: a @ b) for _ in range(10)) / 1e9
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return 2 * 8192**3 / statistics.median(cuda_milliseconds(lambda: a @ b) for _ in range(10)) / 1e9
 
 
 def cases(lengths: Sequence[int], dims: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Case]:

@@ -46,6 +46,16 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
+def cuda_milliseconds(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call between two events of the current CUDA stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
 def _allocations(events: list[Any]) -> list[tuple[int, int]]:
     found, pending = [], list(events)
     while pending:

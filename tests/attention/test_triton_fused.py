@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -16,6 +18,7 @@ from theria.attention import triton_fused
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
+from theria.attention.kernels.common import thirds
 from theria.attention.operators import AttentionOperators, Band, Gradients
 from theria.attention.registry import select_backend
 from theria.attention.triton_fused import TritonOperators, launches
@@ -122,7 +125,7 @@ def test_every_output_equals_the_formulas(case, dtype, tolerance):
     found = operands.outputs(OPERATORS, band)
     expected = operands.map(Tensor.double).outputs(FORMULAS, band)
     for name, value in found.items():
-        assert value.dtype == (torch.float32 if name == "lse" else dtype)
+        assert value.dtype == (torch.float32 if name in ("out", "lse") else dtype)
         if name == "lse" and sizes[4] == 0:
             assert (value == torch.inf).all()  # the formulas' sum over nothing is -inf
             continue
@@ -351,7 +354,7 @@ def test_operands_of_several_dtypes_are_refused():
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match=r"precision must be one of \('ieee', 'bf16x6', 'tf32x3', 'tf32'\)"):
+    with pytest.raises(ValueError, match=r"one of \('ieee', 'fma', 'bf16x6', 'tf32x3', 'tf32'\)"):
         TritonOperators(precision="float32")
 
 
@@ -438,13 +441,57 @@ def test_errors_are_those_of_the_same_dtype_explicit_softmax(case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16x6", 2e-6), ("tf32x3", 1e-5), ("tf32", 5e-3)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("ieee", 1e-6), ("fma", 1e-6), ("bf16x6", 2e-6), ("tf32x3", 1e-5), ("tf32", 5e-3)],
+)
 def test_selectable_precisions(precision, tolerance):
     sizes, band = LARGE["causal"]
     operands = Operands.draw(sizes, torch.float32)
     found = operands.outputs(TritonOperators(precision), band)
     for name, value in explicit_softmax(operands.map(Tensor.double), band).items():
         assert relative(found[name], value) <= tolerance, name
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_derivatives_in_half_precision_do_not_feel_the_size_of_keys_and_values(dtype, offset):
+    """Within three times the error of the same-dtype explicit softmax, root mean square."""
+    operands = Operands.draw((1, 2, 2, 96, 96, 16, 16), torch.float32)
+    operands.key += offset
+    operands.value += offset
+    operands, band = operands.map(lambda t: t.to(dtype)), Band(0.25)
+    found = operands.outputs(OPERATORS, band)
+    exact = explicit_softmax(operands.map(Tensor.double), band)
+    same_dtype = explicit_softmax(operands, band)
+    for name, value in exact.items():
+        assert relative(found[name], value) <= 3 * relative(same_dtype[name], value), name
+
+
+def test_values_that_are_equal_pass_through_rounded_weights():
+    operands = Operands.draw((1, 2, 2, 96, 96, 16, 16), torch.float16)
+    out, _ = OPERATORS.forward(
+        operands.query, operands.key, torch.full_like(operands.value, 11.0), Band(0.25)
+    )
+    torch.testing.assert_close(out, torch.full_like(out, 11.0), rtol=1e-6, atol=0)
+
+
+def test_thirds_add_up_to_a_float32_exactly():
+    exponents = torch.randint(-100, 127, (1000,)).float()  # below, the last part is no normal number
+    values = torch.cat([(1 + torch.rand(1000)) * exponents.exp2(), torch.zeros(24)])
+    values, parts = values.to(DEVICE), torch.empty(3, 1024, device=DEVICE)
+    thirds_of_a_row[(1,)](values, parts)
+    assert torch.equal(parts.double().sum(0), values.double())
+    assert torch.equal(parts.bfloat16().float(), parts)
+
+
+@triton.jit
+def thirds_of_a_row(values, parts):
+    index = tl.arange(0, 1024)
+    high, middle, low = thirds(tl.load(values + index))
+    tl.store(parts + index, high.to(tl.float32))
+    tl.store(parts + 1024 + index, middle.to(tl.float32))
+    tl.store(parts + 2048 + index, low.to(tl.float32))
 
 
 @pytest.mark.gpu

@@ -7,10 +7,10 @@
     AttentionHVP   q, k, v, dO, a, b, c          formulas of ``custom``        formulas of ``custom``
 
 Every derivative up to the second is therefore a launch of an operator, whichever way it is taken: reverse
-over reverse, forward over reverse or reverse over forward; of forward over forward, the first. lse and O
-travel with q, k and v so that no operator computes them twice; to autograd they are constants, because each
-function's derivative already is the total one by q, k and v. What is differentiated once more than the
-operators reach recomputes them from q, k and v.
+over reverse, forward over reverse or reverse over forward; of forward over forward, the first. lse and O,
+unrounded, travel with q, k and v so that no operator computes them twice; to autograd they are constants,
+because each function's derivative already is the total one by q, k and v. What is differentiated once more
+than the operators reach recomputes them from q, k and v.
 
 A function that launched its backward's kernels directly would return gradients without a graph, and
 ``create_graph=True`` would be answered by first-order gradients without a word.
@@ -37,7 +37,8 @@ def differentiable_attention(
     Works under ``backward``, ``torch.autograd`` with ``create_graph``, forward mode, and ``torch.func``'s
     grad, jvp and vmap in any nesting.
     """
-    return Attention.apply(query, key, value, operators, band)
+    out, lse, _ = Attention.apply(query, key, value, operators, band)
+    return out, lse
 
 
 class _Operator(Function):
@@ -55,23 +56,28 @@ class _Operator(Function):
 
 
 class Attention(_Operator):
-    """(q, k, v) -> (O, lse); lse is not differentiable."""
+    """(q, k, v) -> (O, lse, O before it was rounded); only the first is differentiable."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, operators: AttentionOperators, band: Band) -> Any:
         with _own_precision(query):
-            return operators.forward(query, key, value, band)
+            exact, lse = operators.forward(query, key, value, band)
+        if exact.dtype == query.dtype:
+            return exact, lse, exact.new_empty(len(exact), 0)
+        return exact.to(query.dtype), lse, exact
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         query, key, value, ctx.operators, ctx.band = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.save_for_forward(query, key, value, out, lse)
+        out, lse, exact = output
+        ctx.mark_non_differentiable(lse, exact)
+        # where nothing was rounded the third output is empty
+        saved = query, key, value, exact if exact.dim() == out.dim() else out, lse
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> Any:
         return (
             *AttentionVJP.apply(*_constant_tail(ctx.saved_tensors), cotangent, ctx.operators, ctx.band),
             None,
@@ -82,7 +88,7 @@ class Attention(_Operator):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         saved = _constant_tail(ctx.saved_tensors)
         moved = _materialise(tangents[:3], saved[:3])
-        return AttentionJVP.apply(*saved, *moved, ctx.operators, ctx.band), None
+        return AttentionJVP.apply(*saved, *moved, ctx.operators, ctx.band), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

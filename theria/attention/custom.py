@@ -39,7 +39,7 @@ class CustomOperators:
         out = _softmax(scores, dead) @ v
         lse = torch.logsumexp(scores, dim=-1)
         lse = lse.masked_fill(torch.isneginf(lse), math.inf)
-        return _ungrouped(out, query).to(query.dtype), lse.reshape(query.shape[:-1])
+        return _ungrouped(out, query), lse.reshape(query.shape[:-1])
 
     def vjp(
         self, query: Query, key: Key, value: Value, out: Out, lse: LogSumExp, cotangent: Out, band: Band

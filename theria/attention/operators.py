@@ -6,7 +6,9 @@ graph. With s the scale, products elementwise unless between matrices, and sums 
     S = s Q Kᵀ      P = exp(S - lse)      O = P V
 
 ``forward`` yields O and lse, the row-wise log-sum-exp of S, which the others take back so that none has to
-search for it again. Half-precision inputs are computed in float32; lse is float32, or float64 for float64.
+search for it again. Half-precision inputs are computed in float32. So is O, which the caller rounds: D and m
+O below would carry its rounding, times the size of the values, into every derivative. lse is float32, or
+float64 for float64.
 
 Shapes, with ``heads`` a multiple of ``kv_heads`` and consecutive query heads sharing a key-value head:
 query (batch, heads, queries, dim), key (batch, kv_heads, keys, dim), value (batch, kv_heads, keys,
@@ -79,7 +81,10 @@ class AttentionOperators(Protocol):
     """A complete set of operators; instances hold no state and compare by identity."""
 
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
-        """O = P V and lse; a row that sees no key has O = 0 and lse = +inf, for which P is 0 and not NaN."""
+        """O = P V, in float32 for half precision, and lse.
+
+        A row that sees no key has O = 0 and lse = +inf, for which P is 0 and not NaN.
+        """
         ...
 
     def vjp(

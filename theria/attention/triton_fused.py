@@ -21,7 +21,7 @@ from theria.attention.kernels.tiles import tiles_for
 from theria.attention.kernels.vjp import vjp_columns, vjp_rows
 from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumExp, Out, Query, Value
 
-PRECISIONS = ("ieee", "bf16x6", "tf32x3", "tf32")
+PRECISIONS = ("ieee", "fma", "bf16x6", "tf32x3", "tf32")
 
 MAX_WIDTH = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,9 +49,13 @@ class TritonOperators:
     """`theria.attention.operators.AttentionOperators` as Triton kernels.
 
     Args:
-        precision: how float32 products are taken. "ieee" in plain float32. On the matrix units: "bf16x6" in
-            three parts of 8 bits, all that float32 holds, and "tf32x3" in two of 11, both about as exact as
-            "ieee" and faster; "tf32" rounds the factors to 11 bits. Half precision ignores it.
+        precision: how float32 products are taken. "ieee": every product of two numbers exact and summed in
+            float32, as IEEE arithmetic has it, but on the matrix units, which multiply the numbers' three
+            parts of 8 bits, nine products in all (CUBLAS_COMPUTE_32F_EMULATED_16BFX9 of cuBLAS is the same
+            idea); results keep float32's accuracy, not the bits of another order of sums. "fma": fused
+            multiply-adds of the ordinary units, several times slower. "bf16x6" leaves out the three least of
+            the nine products, "tf32x3" takes two parts of 11 bits; both are faster. "tf32" rounds the factors
+            to 11 bits. Half precision ignores it.
 
     Raises:
         ValueError: for another precision, and, from the operators, for a dtype, device or width that the
@@ -65,22 +69,21 @@ class TritonOperators:
 
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
         """O = P V and lse."""
-        out = _empty(query, value.shape[-1])
-        lse = _empty_rows(query)
-        self._launch("forward_rows", (query, key, value, out, lse), query, key, value, band)
+        _check((query, key, value))
+        out, lse = _empty(query, value.shape[-1], torch.float32), _empty_rows(query)
+        self._launch("forward_rows", (query, key, value, out, lse), query, value, band)
         return out, lse
 
     def vjp(
         self, query: Query, key: Key, value: Value, out: Out, lse: LogSumExp, cotangent: Out, band: Band
     ) -> Gradients:
         """Gradient of <dO, O>."""
-        grads = Gradients(
-            _empty(query, query.shape[-1]), _empty(key, key.shape[-1]), _empty(value, value.shape[-1])
-        )
-        delta = _empty_rows(query)
-        qkv = (query, key, value)
-        self._launch("vjp_rows", (*qkv, out, lse, cotangent, grads.query, delta), *qkv, band)
-        self._launch("vjp_columns", (*qkv, lse, cotangent, delta, grads.key, grads.value), *qkv, band)
+        qkv = query, key, value
+        _check((*qkv, cotangent), saved=(out, lse))
+        grads, delta = Gradients(*(_empty(t, t.shape[-1]) for t in qkv)), _empty_rows(query)
+        self._launch("vjp_rows", (*qkv, out, lse, cotangent, grads.query, delta), query, value, band)
+        columns = (*qkv, lse, cotangent, delta, grads.key, grads.value)
+        self._launch("vjp_columns", columns, query, value, band)
         return grads
 
     def jvp(
@@ -94,18 +97,11 @@ class TritonOperators:
         band: Band,
     ) -> Out:
         """Derivative of O along the tangents."""
+        _check((query, key, value, *tangents), saved=(out, lse))
         derivative = _empty(query, value.shape[-1])
-        # without CURVATURE the row constants are not written and their cotangent is not read
-        unused = (lse, lse, lse)
-        self._launch(
-            "jvp_rows",
-            (query, key, value, out, lse, *tangents, out, derivative, *unused),
-            query,
-            key,
-            value,
-            band,
-            CURVATURE=False,
-        )
+        # the query stands for a cotangent that is not read, lse for row constants that are not written
+        rows = (query, key, value, out, lse, *tangents, query, derivative, lse, lse, lse)
+        self._launch("jvp_rows", rows, query, value, band, CURVATURE=False)
         return derivative
 
     def hvp(
@@ -120,24 +116,15 @@ class TritonOperators:
         band: Band,
     ) -> Curvature:
         """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
-        qkv = (query, key, value)
-        curvature = Curvature(
-            _empty(query, query.shape[-1]),
-            _empty(key, key.shape[-1]),
-            _empty(value, value.shape[-1]),
-            _empty(query, value.shape[-1]),
-        )
-        rows = tuple(_empty_rows(query) for _ in range(3))
-        given = (*qkv, lse, cotangent, *cotangents, *rows)
-        self._launch(
-            "jvp_rows",
-            (*qkv, out, lse, *cotangents, cotangent, curvature.out_cotangent, *rows),
-            *qkv,
-            band,
-            CURVATURE=True,
-        )
-        self._launch("hvp_rows", (*given, curvature.query), *qkv, band)
-        self._launch("hvp_columns", (*given, curvature.key, curvature.value), *qkv, band)
+        qkv = query, key, value
+        _check((*qkv, cotangent, *cotangents), saved=(out, lse))
+        curvature = Curvature(*(_empty(t, t.shape[-1]) for t in (*qkv, cotangent)))
+        constants = tuple(_empty_rows(query) for _ in range(3))
+        moved = (*qkv, out, lse, *cotangents, cotangent, curvature.out_cotangent, *constants)
+        self._launch("jvp_rows", moved, query, value, band, CURVATURE=True)
+        given = (*qkv, lse, cotangent, *cotangents, *constants)
+        self._launch("hvp_rows", (*given, curvature.query), query, value, band)
+        self._launch("hvp_columns", (*given, curvature.key, curvature.value), query, value, band)
         return curvature
 
     def _launch(
@@ -145,7 +132,6 @@ class TritonOperators:
         name: str,
         tensors: Sequence[Tensor],
         query: Tensor,
-        key: Tensor,
         value: Tensor,
         band: Band,
         **constants: bool,
@@ -153,9 +139,6 @@ class TritonOperators:
         batch, heads, queries, dim = query.shape
         _, kv_heads, keys, value_dim = value.shape
         width = max(dim, value_dim)
-        reason = _refusal(query.dtype, query.device, width) or _mixed(tensors, query)
-        if reason is not None:
-            raise ValueError(f"the Triton kernels of attention cannot do this call: {reason}")
         tiles = tiles_for(name, query.dtype, self.precision, width, query.device).within(queries, keys)
         by_column = name.endswith("_columns")
         length, tile, owners = (keys, tiles.keys, kv_heads) if by_column else (queries, tiles.queries, heads)
@@ -184,15 +167,31 @@ class TritonOperators:
                 BLOCK_QUERIES=tiles.queries,
                 BLOCK_KEYS=tiles.keys,
                 PRECISION=self.precision,
+                # compiling float32 products takes long, and beside them a mask costs nothing
+                PASSES=1 if query.dtype == torch.float32 else 2,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
                 **constants,
             )
 
 
-def _empty(like: Tensor, width: int) -> Tensor:
+def _check(operands: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> None:
+    """Raise ValueError for what the kernels do not compute; ``saved`` are out and lse."""
+    query, _, value, *_ = operands
+    reason = _refusal(query.dtype, query.device, max(query.shape[-1], value.shape[-1]))
+    for tensor, dtype in (*((t, query.dtype) for t in operands), *((t, torch.float32) for t in saved)):
+        if reason is None and (tensor.dtype != dtype or tensor.device != query.device):
+            reason = (
+                f"it supports operands of one dtype and device (with out and lse in float32), not "
+                f"{tensor.dtype} on {tensor.device} beside {query.dtype} on {query.device}"
+            )
+    if reason is not None:
+        raise ValueError(f"the Triton kernels of attention cannot do this call: {reason}")
+
+
+def _empty(like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """An output over the rows of ``like``; a kernel writes every element of it."""
-    return torch.empty(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
+    return torch.empty(*like.shape[:-1], width, dtype=dtype or like.dtype, device=like.device)
 
 
 def _empty_rows(query: Tensor) -> Tensor:
@@ -211,14 +210,3 @@ def _refusal(dtype: torch.dtype, device: torch.device, width: int) -> str | None
         f"it supports CUDA devices, and the CPU where TRITON_INTERPRET=1 is set before theria is imported, "
         f"not {device}"
     )
-
-
-def _mixed(tensors: Sequence[Tensor], query: Tensor) -> str | None:
-    for tensor in tensors:
-        dtype = query.dtype if tensor.dim() == 4 else torch.float32
-        if tensor.dtype != dtype or tensor.device != query.device:
-            return (
-                f"it supports operands of one dtype and device (and a float32 lse), not {tensor.dtype} on "
-                f"{tensor.device} beside {query.dtype} on {query.device}"
-            )
-    return None

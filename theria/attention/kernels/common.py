@@ -1,4 +1,4 @@
-"""What the kernels share: addressing, the band's tiles, and one matrix product."""
+"""What the kernels share: addressing, the band's tiles, and the matrix products."""
 
 from typing import NamedTuple, no_type_check
 
@@ -41,54 +41,77 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+# --- matrix products --------------------------------------------------------------------------------------
+
+
 @triton.jit
 @no_type_check
-def dot(left, right, accumulator, PRECISION: tl.constexpr):
-    """Accumulator + left @ right in float32."""
+def times(left, right, accumulator, PRECISION: tl.constexpr):
+    """Accumulator + left @ right, in float32."""
     if INTERPRETED:
         # the interpreter multiplies the bits of bfloat16 as integers
-        return accumulator + tl.dot(left.to(tl.float32), right.to(tl.float32))
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+        accumulator += tl.dot(left.to(tl.float32), right.to(tl.float32))
+    elif left.dtype != tl.float32:
+        accumulator = tl.dot(left, right, accumulator)
+    elif PRECISION == "ieee":
+        accumulator += _exact_times(left, right)
+    elif PRECISION == "fma":
+        accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
+    else:
+        accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
+    return accumulator
 
 
 @triton.jit
 @no_type_check
-def product(left, right, PRECISION: tl.constexpr):
-    """Left @ right in float32."""
-    if INTERPRETED:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32))
-    return tl.dot(left, right, input_precision=PRECISION)
+def _exact_times(left, right):
+    """The nine products of thirds, from the least up: matrix units truncate what they add to a larger sum."""
+    left_high, left_middle, left_low = thirds(left)
+    right_high, right_middle, right_low = thirds(right)
+    total = tl.dot(left_low, right_low)
+    total = tl.dot(left_low, right_middle, total)
+    total = tl.dot(left_middle, right_low, total)
+    total = tl.dot(left_low, right_high, total)
+    total = tl.dot(left_middle, right_middle, total)
+    total = tl.dot(left_high, right_low, total)
+    total = tl.dot(left_middle, right_high, total)
+    total = tl.dot(left_high, right_middle, total)
+    return tl.dot(left_high, right_high, total)
 
 
 @triton.jit
 @no_type_check
-def at_head(x, batch, head):
-    """Pointer to the first element of a head; a tensor may hold more than 2^31 elements."""
-    return x.pointer + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
+def times_transposed(left, right, accumulator, PRECISION: tl.constexpr):
+    """Accumulator + left @ rightᵀ, in float32."""
+    return times(left, tl.trans(right), accumulator, PRECISION)
 
 
 @triton.jit
 @no_type_check
-def tile_pointers(x, base, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Addresses of rows start.. and columns 0.. of a head."""
-    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.arange(0, BLOCK).to(tl.int64)
-    return base + rows[:, None] * x.row + columns[None, :] * x.column
+def thirds(x):
+    """Three bfloat16 tiles that add up to the float32 tile x: its first 8 bits, the next 8, and the rest."""
+    high = _highest_bits(x)
+    middle = _highest_bits(x - high)
+    low = x - high - middle
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
 
 
 @triton.jit
 @no_type_check
-def tile_mask(start, length, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """True for the elements of such a tile that exist."""
-    rows = (start + tl.arange(0, ROWS))[:, None] < length
-    return rows & (tl.arange(0, BLOCK)[None, :] < WIDTH)
+def _highest_bits(x):
+    """X with its mantissa cut to what a bfloat16 holds."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+# --- tiles of tensors -------------------------------------------------------------------------------------
 
 
 @triton.jit
 @no_type_check
-def load_tile(
+def load_rows(
     x,
-    base,
+    batch,
+    head,
     start,
     length,
     WIDTH: tl.constexpr,
@@ -97,39 +120,67 @@ def load_tile(
     INSIDE: tl.constexpr,
 ):
     """Rows start.. of a head, zero beyond its length and width; ``INSIDE`` says that no row is beyond."""
-    pointers = tile_pointers(x, base, start, ROWS, BLOCK)
-    if INSIDE:
-        if WIDTH == BLOCK:
-            return tl.load(pointers)
-        return tl.load(pointers, mask=tl.arange(0, BLOCK)[None, :] < WIDTH, other=0.0)
-    return tl.load(pointers, mask=tile_mask(start, length, WIDTH, ROWS, BLOCK), other=0.0)
+    pointers = _row_pointers(x, batch, head, start, ROWS, BLOCK)
+    if not INSIDE:
+        return tl.load(pointers, mask=_existing(start, length, WIDTH, ROWS, BLOCK), other=0.0)
+    if WIDTH == BLOCK:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=tl.arange(0, BLOCK)[None, :] < WIDTH, other=0.0)
 
 
 @triton.jit
 @no_type_check
-def store_tile(x, base, start, length, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(
+    x, batch, head, start, length, tile, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write rows start.. of a head, rounded to its dtype."""
-    pointers = tile_pointers(x, base, start, ROWS, BLOCK)
-    mask = tile_mask(start, length, WIDTH, ROWS, BLOCK)
+    pointers = _row_pointers(x, batch, head, start, ROWS, BLOCK)
+    mask = _existing(start, length, WIDTH, ROWS, BLOCK)
     tl.store(pointers, tile.to(x.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 @no_type_check
-def load_vector(x, base, start, length, beyond, ROWS: tl.constexpr, INSIDE: tl.constexpr):
+def load_entries(x, batch, head, start, length, beyond, ROWS: tl.constexpr, INSIDE: tl.constexpr):
     """Entries start.. of a head's vector, ``beyond`` past its end."""
     rows = start + tl.arange(0, ROWS)
+    pointers = _at_head(x, batch, head) + rows.to(tl.int64) * x.row
     if INSIDE:
-        return tl.load(base + rows.to(tl.int64) * x.row)
-    return tl.load(base + rows.to(tl.int64) * x.row, mask=rows < length, other=beyond)
+        return tl.load(pointers)
+    return tl.load(pointers, mask=rows < length, other=beyond)
 
 
 @triton.jit
 @no_type_check
-def store_vector(x, base, start, length, entries, ROWS: tl.constexpr):
+def store_entries(x, batch, head, start, length, entries, ROWS: tl.constexpr):
     """Write entries start.. of a head's vector."""
     rows = start + tl.arange(0, ROWS)
-    tl.store(base + rows.to(tl.int64) * x.row, entries, mask=rows < length)
+    tl.store(_at_head(x, batch, head) + rows.to(tl.int64) * x.row, entries, mask=rows < length)
+
+
+@triton.jit
+@no_type_check
+def _at_head(x, batch, head):
+    """Pointer to the first element of a head; a tensor may hold more than 2^31 elements."""
+    return x.pointer + tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
+
+
+@triton.jit
+@no_type_check
+def _row_pointers(x, batch, head, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, BLOCK).to(tl.int64)
+    return _at_head(x, batch, head) + rows[:, None] * x.row + columns[None, :] * x.column
+
+
+@triton.jit
+@no_type_check
+def _existing(start, length, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = (start + tl.arange(0, ROWS))[:, None] < length
+    return rows & (tl.arange(0, BLOCK)[None, :] < WIDTH)
+
+
+# --- the band ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -146,71 +197,94 @@ def visible(rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED:
 
 @triton.jit
 @no_type_check
-def probabilities(
-    scores,
-    lse2,
-    rows,
-    columns,
-    keys,
-    offset,
-    window,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    INSIDE: tl.constexpr,
-):
-    """P from scores and lse in base 2, with zeros outside of the band unless the tile lies ``INSIDE``."""
-    p = tl.exp2(scores - lse2)
-    if INSIDE:
-        return p
-    return tl.where(visible(rows, columns, keys, offset, window, CAUSAL, WINDOWED), p, 0.0)
+def program_of_queries(queries, heads, BLOCK: tl.constexpr):
+    """(start, batch, head) of the tile of queries that this program owns."""
+    tiles = tl.cdiv(queries, BLOCK)
+    program = tl.program_id(0)
+    # under a causal mask the last tiles see most: they start first
+    start = (tiles - 1 - program % tiles) * BLOCK
+    return start, program // tiles // heads, program // tiles % heads
+
+
+@triton.jit
+@no_type_check
+def program_of_keys(keys, kv_heads, BLOCK: tl.constexpr):
+    """(start, batch, head) of the tile of keys that this program owns."""
+    tiles = tl.cdiv(keys, BLOCK)
+    program = tl.program_id(0)
+    return program % tiles * BLOCK, program // tiles // kv_heads, program // tiles % kv_heads
 
 
 @triton.jit
 @no_type_check
 def keys_of_queries(
-    first, last, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr
+    start,
+    queries,
+    keys,
+    offset,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
-    """The key tiles that the queries first <= i < last see, as ``_tiles`` gives them."""
+    """The tiles of keys that a tile of queries sees, for ``tile_count`` and ``tile_start``."""
+    last = tl.minimum(start + BLOCK_QUERIES, queries)
     begin, end = 0, keys
     whole_begin, whole_end = 0, keys
     if CAUSAL:
         end = tl.minimum(keys, last + offset)
-        whole_end = tl.minimum(keys, first + offset + 1)
+        whole_end = tl.minimum(keys, start + offset + 1)
     if WINDOWED:
-        begin = first + offset - window + 1
+        begin = start + offset - window + 1
         whole_begin = last + offset - window
-    return _tiles(begin, end, whole_begin, whole_end, BLOCK)
+    return _tiles(begin, end, whole_begin, whole_end, BLOCK, PASSES)
 
 
 @triton.jit
 @no_type_check
 def queries_of_keys(
-    first, last, queries, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr
+    start,
+    queries,
+    keys,
+    offset,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PASSES: tl.constexpr,
 ):
-    """The query tiles that see the keys first <= j < last, as ``_tiles`` gives them."""
+    """The tiles of queries that see a tile of keys, for ``tile_count`` and ``tile_start``."""
+    last = tl.minimum(start + BLOCK_KEYS, keys)
     begin, end = 0, queries
     whole_begin, whole_end = 0, queries
     if CAUSAL:
-        begin = first - offset
+        begin = start - offset
         whole_begin = last - 1 - offset
     if WINDOWED:
         end = tl.minimum(queries, last - 1 + window - offset)
-        whole_end = tl.minimum(queries, first + window - offset)
-    return _tiles(begin, end, whole_begin, whole_end, BLOCK)
+        whole_end = tl.minimum(queries, start + window - offset)
+    return _tiles(begin, end, whole_begin, whole_end, BLOCK, PASSES)
 
 
 @triton.jit
 @no_type_check
-def _tiles(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr):
+def _tiles(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr, PASSES: tl.constexpr):
     """(begin, left, whole_begin, whole_end, edges) of the tiles that meet begin..end.
 
-    Those from whole_begin to whole_end need no mask. The ``edges`` others are ``left`` tiles from begin on
-    and the rest from whole_end on.
+    Those from whole_begin to whole_end lie inside the band and need no mask: the second of two passes. The
+    ``edges`` others are ``left`` tiles from begin on and the rest from whole_end on. One pass masks all.
     """
     begin = tl.maximum(begin, 0) // BLOCK * BLOCK
     end = tl.maximum(end, 0)
-    whole_begin = tl.cdiv(tl.maximum(whole_begin, begin), BLOCK) * BLOCK
-    whole_end = tl.maximum(tl.maximum(whole_end, 0) // BLOCK * BLOCK, whole_begin)
+    if PASSES == 1:
+        whole_begin = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, begin)
+        whole_end = whole_begin
+    else:
+        whole_begin = tl.cdiv(tl.maximum(whole_begin, begin), BLOCK) * BLOCK
+        whole_end = tl.maximum(tl.maximum(whole_end, 0) // BLOCK * BLOCK, whole_begin)
     left = tl.cdiv(tl.maximum(tl.minimum(whole_begin, end) - begin, 0), BLOCK)
     right = tl.cdiv(tl.maximum(end - whole_end, 0), BLOCK)
     return begin, left, whole_begin, whole_end, left + right
@@ -218,6 +292,17 @@ def _tiles(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def edge_tile(index, begin, left, whole_end, BLOCK: tl.constexpr):
-    """First row or column of an edge tile."""
+def tile_count(tiles, INSIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tiles lie inside the band, or on its edges."""
+    _, _, whole_begin, whole_end, edges = tiles
+    return (whole_end - whole_begin) // BLOCK if INSIDE else edges
+
+
+@triton.jit
+@no_type_check
+def tile_start(tiles, index, INSIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """First row or column of one of these tiles."""
+    begin, left, whole_begin, whole_end, _ = tiles
+    if INSIDE:
+        return whole_begin + index * BLOCK
     return tl.where(index < left, begin + index * BLOCK, whole_end + (index - left) * BLOCK)

@@ -60,6 +60,22 @@ TUNED = {
         "hvp_columns": Tiles(32, 32, 4, 1),
     },
     ("hopper", "ieee", 64): {
+        "forward_rows": Tiles(64, 128, 4, 1),
+        "vjp_rows": Tiles(128, 64, 8, 1),
+        "vjp_columns": Tiles(64, 64, 4, 1),
+        "jvp_rows": Tiles(128, 64, 8, 1),
+        "hvp_rows": Tiles(128, 64, 8, 1),
+        "hvp_columns": Tiles(32, 128, 8, 1),
+    },
+    ("hopper", "ieee", 128): {
+        "forward_rows": Tiles(128, 128, 8, 1),
+        "vjp_rows": Tiles(128, 32, 8, 1),
+        "vjp_columns": Tiles(32, 128, 8, 1),
+        "jvp_rows": Tiles(128, 32, 8, 1),
+        "hvp_rows": Tiles(64, 32, 4, 1),
+        "hvp_columns": Tiles(64, 32, 8, 1),
+    },
+    ("hopper", "fma", 64): {
         "forward_rows": Tiles(32, 64, 4, 1),
         "vjp_rows": Tiles(32, 64, 4, 1),
         "vjp_columns": Tiles(32, 32, 4, 2),

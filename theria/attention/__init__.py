@@ -39,6 +39,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionCall",
     "available_backends",
+    "backend_over",
     "check_backend_name",
     "register_backend",
     "registered_backend",

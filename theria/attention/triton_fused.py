@@ -5,8 +5,10 @@ No launch adds to memory that another program writes, so two equal calls give eq
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -38,6 +40,8 @@ _INTERPRETED = not isinstance(forward_rows, triton.runtime.JITFunction)
 
 launches: Counter[str] = Counter()
 """How often each kernel has been launched in this process; ``launches.clear()`` starts over."""
+
+_compiled: set[tuple[Any, ...]] = set()
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -71,7 +75,7 @@ class TritonOperators:
         """O = P V and lse."""
         _check((query, key, value))
         out, lse = _empty(query, value.shape[-1], torch.float32), _empty_rows(query)
-        self._launch("forward_rows", (query, key, value, out, lse), query, value, band)
+        self._launch(query, value, band, forward_rows=(query, key, value, out, lse))
         return out, lse
 
     def vjp(
@@ -81,9 +85,13 @@ class TritonOperators:
         qkv = query, key, value
         _check((*qkv, cotangent), saved=(out, lse))
         grads, delta = Gradients(*(_empty(t, t.shape[-1]) for t in qkv)), _empty_rows(query)
-        self._launch("vjp_rows", (*qkv, out, lse, cotangent, grads.query, delta), query, value, band)
-        columns = (*qkv, lse, cotangent, delta, grads.key, grads.value)
-        self._launch("vjp_columns", columns, query, value, band)
+        self._launch(
+            query,
+            value,
+            band,
+            vjp_rows=(*qkv, out, lse, cotangent, grads.query, delta),
+            vjp_columns=(*qkv, lse, cotangent, delta, grads.key, grads.value),
+        )
         return grads
 
     def jvp(
@@ -99,9 +107,9 @@ class TritonOperators:
         """Derivative of O along the tangents."""
         _check((query, key, value, *tangents), saved=(out, lse))
         derivative = _empty(query, value.shape[-1])
-        # the query stands for a cotangent that is not read, lse for row constants that are not written
-        rows = (query, key, value, out, lse, *tangents, query, derivative, lse, lse, lse)
-        self._launch("jvp_rows", rows, query, value, band, CURVATURE=False)
+        without_cotangent = (None, None, None, None)
+        rows = (query, key, value, out, lse, *tangents, derivative, *without_cotangent)
+        self._launch(query, value, band, jvp_rows=rows)
         return derivative
 
     def hvp(
@@ -120,59 +128,90 @@ class TritonOperators:
         _check((*qkv, cotangent, *cotangents), saved=(out, lse))
         curvature = Curvature(*(_empty(t, t.shape[-1]) for t in (*qkv, cotangent)))
         constants = tuple(_empty_rows(query) for _ in range(3))
-        moved = (*qkv, out, lse, *cotangents, cotangent, curvature.out_cotangent, *constants)
-        self._launch("jvp_rows", moved, query, value, band, CURVATURE=True)
         given = (*qkv, lse, cotangent, *cotangents, *constants)
-        self._launch("hvp_rows", (*given, curvature.query), query, value, band)
-        self._launch("hvp_columns", (*given, curvature.key, curvature.value), query, value, band)
+        self._launch(
+            query,
+            value,
+            band,
+            jvp_rows=(*qkv, out, lse, *cotangents, curvature.out_cotangent, cotangent, *constants),
+            hvp_rows=(*given, curvature.query),
+            hvp_columns=(*given, curvature.key, curvature.value),
+        )
         return curvature
 
     def _launch(
-        self,
-        name: str,
-        tensors: Sequence[Tensor],
-        query: Tensor,
-        value: Tensor,
-        band: Band,
-        **constants: bool,
+        self, query: Tensor, value: Tensor, band: Band, **operands: tuple[Tensor | None, ...]
     ) -> None:
+        """Run the named kernels on their operands, one after the other."""
+        jobs = {}
+        for name, tensors in operands.items():
+            programs, constants = self._grid(name, query, value, band)
+            if programs > 0:
+                jobs[name] = (programs,), (*_arguments(tensors), *_sizes(name, query, value, band)), constants
+        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+            if query.is_cuda:
+                _compile_together(jobs, query)
+            for name, (grid, arguments, constants) in jobs.items():
+                launches[name] += 1
+                _KERNELS[name][grid](*arguments, **constants)
+
+    def _grid(self, name: str, query: Tensor, value: Tensor, band: Band) -> tuple[int, dict[str, Any]]:
+        """How many programs a kernel takes, and its constants."""
         batch, heads, queries, dim = query.shape
         _, kv_heads, keys, value_dim = value.shape
         width = max(dim, value_dim)
         tiles = tiles_for(name, query.dtype, self.precision, width, query.device).within(queries, keys)
-        by_column = name.endswith("_columns")
-        length, tile, owners = (keys, tiles.keys, kv_heads) if by_column else (queries, tiles.queries, heads)
-        programs = triton.cdiv(length, tile) * batch * owners
-        if programs == 0:
-            return
-        launches[name] += 1
-        device = torch.cuda.device(query.device) if query.is_cuda else nullcontext()
-        with device:
-            _KERNELS[name][(programs,)](
-                *(Operand.of(t) if t.dim() == 4 else Vector.of(t) for t in tensors),
-                band.scale,
-                queries,
-                keys,
-                band.offset,
-                # a window wider than the band sees what no window sees, and must fit an int32
-                min(band.window or 0, queries + keys + abs(band.offset)),
-                owners,
-                SHARING=heads // kv_heads,
-                CAUSAL=band.causal,
-                WINDOWED=band.window is not None,
-                DIM=dim,
-                VALUE_DIM=value_dim,
-                BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-                BLOCK_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
-                BLOCK_QUERIES=tiles.queries,
-                BLOCK_KEYS=tiles.keys,
-                PRECISION=self.precision,
-                # compiling float32 products takes long, and beside them a mask costs nothing
-                PASSES=1 if query.dtype == torch.float32 else 2,
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
-                **constants,
-            )
+        length, tile, owners = (
+            (keys, tiles.keys, kv_heads) if name.endswith("_columns") else (queries, tiles.queries, heads)
+        )
+        return triton.cdiv(length, tile) * batch * owners, {
+            "SHARING": heads // kv_heads,
+            "CAUSAL": band.causal,
+            "WINDOWED": band.window is not None,
+            "DIM": dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_DIM": max(16, triton.next_power_of_2(dim)),
+            "BLOCK_VALUE_DIM": max(16, triton.next_power_of_2(value_dim)),
+            "BLOCK_QUERIES": tiles.queries,
+            "BLOCK_KEYS": tiles.keys,
+            "PRECISION": self.precision,
+            # float32 products take long to compile, and beside them a mask costs nothing
+            "PASSES": 1 if query.dtype == torch.float32 else 2,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+
+
+def _arguments(tensors: Sequence[Tensor | None]) -> Iterator[Operand | Vector | None]:
+    for tensor in tensors:
+        if tensor is None:
+            yield None
+        else:
+            yield Operand.of(tensor) if tensor.dim() == 4 else Vector.of(tensor)
+
+
+def _sizes(name: str, query: Tensor, value: Tensor, band: Band) -> tuple[float, int, int, int, int, int]:
+    """Scale, queries, keys, offset, window, and the heads whose tiles a kernel's programs own."""
+    queries, keys = query.shape[2], value.shape[2]
+    # a window wider than the band sees what no window sees, and must fit an int32
+    window = min(band.window or 0, queries + keys + abs(band.offset))
+    heads = value.shape[1] if name.endswith("_columns") else query.shape[1]
+    return band.scale, queries, keys, band.offset, window, heads
+
+
+def _compile_together(jobs: dict[str, tuple[Any, Any, dict[str, Any]]], query: Tensor) -> None:
+    """Compile an operator's kernels at the same time the first time it is met, which takes seconds each.
+
+    What is remembered leaves out how strides are aligned: a kernel compiled once more for those compiles
+    when it is launched.
+    """
+    met = (query.dtype, query.device, *((name, *job[2].values()) for name, job in jobs.items()))
+    if len(jobs) < 2 or met in _compiled:
+        return
+    with ThreadPoolExecutor(len(jobs)) as threads, triton.AsyncCompileMode(threads):
+        for name, (grid, arguments, constants) in jobs.items():
+            _KERNELS[name].warmup(*arguments, grid=grid, **constants)
+    _compiled.add(met)
 
 
 def _check(operands: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> None:

@@ -32,8 +32,8 @@ def jvp_rows(
     a,
     b,
     c,
-    do,
     u,
+    do,
     m,
     delta,
     e,
@@ -43,7 +43,6 @@ def jvp_rows(
     offset,
     window,
     heads,
-    CURVATURE: tl.constexpr,
     SHARING: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -58,7 +57,7 @@ def jvp_rows(
 ):
     """U = [P T] V - m O + P c of one tile of queries.
 
-    With ``CURVATURE`` also m = rowsum(P T), D = rowsum(dO O) and e = rowsum(dO U).
+    With a cotangent dO also m = rowsum(P T), D = rowsum(dO O) and e = rowsum(dO U).
     """
     start, batch, head = program_of_queries(queries, heads, BLOCK_QUERIES)
     kv_head = head // SHARING
@@ -93,7 +92,7 @@ def jvp_rows(
     out_tile = load_rows(out, batch, head, start, queries, VALUE_DIM, BLOCK_QUERIES, BLOCK_VALUE_DIM, False)
     derivative = acc - mean[:, None] * out_tile
     store_rows(u, batch, head, start, queries, derivative, VALUE_DIM, BLOCK_QUERIES, BLOCK_VALUE_DIM)
-    if CURVATURE:
+    if do is not None:
         do_tile = load_rows(do, batch, head, start, queries, VALUE_DIM, BLOCK_QUERIES, BLOCK_VALUE_DIM, False)
         do_tile = do_tile.to(tl.float32)
         d = tl.sum(do_tile * out_tile, 1)

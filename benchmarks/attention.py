@@ -205,8 +205,8 @@ def main() -> None:
         f"Measured matmul ceilings: {shares}. Each cell: median time (times that of triton_fused), peak",
         "memory beyond the inputs, and the share of the ceiling that the useful matrix products reach",
         "(forward 2, vjp 5, hvp 12; half if causal) [that theria's own products reach: 2, 7 and 20]. In",
-        "float32 triton_fused takes exact products on the matrix units: the ceiling of plain float32 does not",
-        "bound it. Exponents are fitted over the sizes of batch 4; the small ones are bound by launches.",
+        "float32 triton_fused takes exact products on the matrix units: the ceiling of plain float32 does",
+        "not bound it. Exponents are fitted over the sizes of batch 4; small ones are bound by launches.",
         *report(results, ceilings),
         "",
     ]

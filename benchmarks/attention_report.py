@@ -42,10 +42,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds and peak MiB, or why there are none."""
+    """Milliseconds, peak MiB and the seconds of the very first call, or why there are none."""
 
     milliseconds: float = float("nan")
     mebibytes: float = float("nan")
+    first_seconds: float = float("nan")
     failure: str = ""
 
 
@@ -64,6 +65,16 @@ def report(results: Results, ceilings: dict[torch.dtype, float]) -> list[str]:
             lines += ["", f"## {work}: {str(first).split(', ', 1)[1]}", ""]
             lines += _table(mine, work, ceilings[first.dtype])
     return lines
+
+
+def first_calls(results: Results) -> list[str]:
+    """Seconds of the first call of everything of each kind, which compiles all kernels."""
+    seconds: dict[str, float] = {}
+    for (case, work, name), found in results.items():
+        if work == BOTH and name.startswith("triton_fused") and not found.failure:
+            seconds.setdefault(f"{name}: {str(case).split(', ', 1)[1]}", found.first_seconds)
+    listed = (f"{who} {value:.1f} s" for who, value in seconds.items())
+    return [f"First call of {BOTH}, compiling included: {'; '.join(listed)}."]
 
 
 def _kind(case: Case) -> tuple[int, torch.dtype, bool]:
@@ -137,3 +148,4 @@ def draw_picture(results: Results, path: Path) -> None:
         for axis in (time, memory):
             axis.grid(visible=True, which="both", alpha=0.3)
     figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -2,11 +2,20 @@
 
 import torch
 
-from benchmarks.attention_report import BOTH, FIRST, SECOND, Case, Measurement, draw_picture, report
+from benchmarks.attention_report import (
+    BOTH,
+    FIRST,
+    SECOND,
+    Case,
+    Measurement,
+    draw_picture,
+    first_calls,
+    report,
+)
 
 CASES = [Case(4, 16, length, 64, torch.bfloat16, causal=True) for length in (1024, 2048)]
 RESULTS = {
-    (CASES[0], BOTH, "triton_fused"): Measurement(1.0, 65.0),
+    (CASES[0], BOTH, "triton_fused"): Measurement(1.0, 65.0, 4.5),
     (CASES[1], BOTH, "triton_fused"): Measurement(4.0, 130.0),
     (CASES[0], BOTH, "torch MATH"): Measurement(8.0, 3000.0),
     (CASES[1], BOTH, "torch MATH"): Measurement(failure="out of memory"),
@@ -37,3 +46,8 @@ def test_each_row_is_a_ratio_with_its_share_of_the_ceiling():
 def test_the_picture_is_drawn(tmp_path):
     draw_picture(RESULTS, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
+
+
+def test_the_first_of_all_sizes_compiles():
+    (line,) = first_calls(RESULTS)
+    assert line.endswith(": triton_fused: E 64, bfloat16, causal 4.5 s.")

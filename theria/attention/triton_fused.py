@@ -200,7 +200,7 @@ def _sizes(name: str, query: Tensor, value: Tensor, band: Band) -> tuple[float, 
 
 
 def _compile_together(jobs: dict[str, tuple[Any, Any, dict[str, Any]]], query: Tensor) -> None:
-    """Compile an operator's kernels at the same time the first time it is met, which takes seconds each.
+    """Compile and load an operator's kernels at the same time when it is first met: each takes seconds.
 
     What is remembered leaves out how strides are aligned: a kernel compiled once more for those compiles
     when it is launched.
@@ -208,9 +208,21 @@ def _compile_together(jobs: dict[str, tuple[Any, Any, dict[str, Any]]], query: T
     met = (query.dtype, query.device, *((name, *job[2].values()) for name, job in jobs.items()))
     if len(jobs) < 2 or met in _compiled:
         return
-    with ThreadPoolExecutor(len(jobs)) as threads, triton.AsyncCompileMode(threads):
-        for name, (grid, arguments, constants) in jobs.items():
+
+    def warm_up() -> list[Any]:
+        return [
             _KERNELS[name].warmup(*arguments, grid=grid, **constants)
+            for name, (grid, arguments, constants) in jobs.items()
+        ]
+
+    def load(kernel: Any) -> None:
+        with torch.cuda.device(query.device):
+            kernel.run  # noqa: B018 - the property loads it
+
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        with triton.AsyncCompileMode(threads):
+            warm_up()
+        list(threads.map(load, warm_up()))
     _compiled.add(met)
 
 

@@ -63,7 +63,7 @@ TUNED = {
         "forward_rows": Tiles(64, 64, 4, 1),
         "vjp_rows": Tiles(128, 64, 8, 1),
         "vjp_columns": Tiles(64, 64, 4, 1),
-        "jvp_rows": Tiles(128, 64, 8, 1),
+        "jvp_rows": Tiles(128, 32, 8, 1),
         "hvp_rows": Tiles(128, 32, 8, 1),
         "hvp_columns": Tiles(32, 128, 8, 1),
     },

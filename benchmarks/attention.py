@@ -205,7 +205,8 @@ def main() -> None:
     results: Results = {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # an empty one: first calls compile
-        for case in cases(args.lengths, args.dims, dtypes):
+        planned = cases(args.lengths, args.dims, dtypes)
+        for done, case in enumerate(planned, start=1):
             for work in (BOTH, SECOND, FIRST):
                 for name, (attention, context) in peers(case, work).items():
                     with context():
@@ -213,12 +214,12 @@ def main() -> None:
                     results[case, work, name] = found
                     print(case.length, case, work, name, found, flush=True)
             if args.out:  # after every size: a run that is cut short leaves what it has
-                args.out.write_text(_text(results, ceilings), encoding="utf-8")
+                args.out.write_text(_text(results, ceilings, planned[done:]), encoding="utf-8")
                 draw_picture(results, args.out.with_suffix(".png"))
-    print(_text(results, ceilings))
+    print(_text(results, ceilings, []))
 
 
-def _text(results: Results, ceilings: dict[torch.dtype, float]) -> str:
+def _text(results: Results, ceilings: dict[torch.dtype, float], missing: Sequence[Case]) -> str:
     shares = ", ".join(
         f"{str(d).removeprefix('torch.')} {value:.0f} TFLOP/s" for d, value in ceilings.items()
     )
@@ -233,6 +234,7 @@ def _text(results: Results, ceilings: dict[torch.dtype, float]) -> str:
         "not bound it. Exponents are fitted over the sizes of batch 4; small ones are bound by launches.",
         "",
         *first_calls(results),
+        *([f"Cut short before {missing[0]}, N {missing[0].length}."] if missing else []),
         *report(results, ceilings),
         "",
     ]

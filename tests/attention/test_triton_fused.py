@@ -28,6 +28,9 @@ from theria.models.seq_classifier import SeqClassifier
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPERATORS, FORMULAS = TritonOperators(), CustomOperators()
 
+# autograd's thread makes torch say, once a process, that it sets up CUDA for itself
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,8 +426,6 @@ RMS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
 @pytest.mark.gpu
-# autograd's thread makes torch say that it sets up CUDA for itself
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 @pytest.mark.parametrize("dtype", list(RMS))
 @pytest.mark.parametrize("case", list(LARGE))
 def test_errors_are_those_of_the_same_dtype_explicit_softmax(case, dtype):

@@ -146,8 +146,8 @@ def draw_picture(results: Results, path: Path) -> None:
         memory.set(xlabel="length N", ylabel="peak MiB", title=f"memory beyond the inputs, {precision}")
         time.legend()
         for axis in (time, memory):
-            lengths = sorted({case.length for case, _, _ in results if case.batch == 4})
-            axis.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+            ticks = sorted({case.length for case, _, _ in results if case.batch == 4})
+            axis.set_xticks(ticks, [str(length) for length in ticks])
             axis.set_xticks([], minor=True)
             axis.grid(visible=True, which="both", alpha=0.3)
     figure.savefig(path, dpi=120)

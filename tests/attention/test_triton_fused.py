@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from theria.attention import triton_fused
+from theria.attention import custom, triton_fused
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
@@ -257,8 +257,10 @@ def forbidden_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_):
         raise AssertionError("the formulas were used in place of a kernel")
 
-    for name in ("forward", "vjp", "jvp", "hvp"):
+    for name in ("forward", "vjp"):
         monkeypatch.setattr(CustomOperators, name, refuse)
+    for name in ("jvp_formula", "hvp_formula"):
+        monkeypatch.setattr(custom, name, refuse)
 
 
 @pytest.mark.usefixtures("forbidden_formulas")

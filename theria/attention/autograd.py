@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from theria.attention.custom import CustomOperators
+from theria.attention import custom
 from theria.attention.operators import AttentionOperators, Band, Gradients, Key, LogSumExp, Out, Query, Value
-
-_FORMULAS = CustomOperators()
 
 
 def differentiable_attention(
@@ -242,23 +240,21 @@ def _pushforward(
 
 
 def _jvp_from_scratch(band: Band) -> Callable[..., Tensor]:
-    """U as a function of q, k, v and the tangents alone, traceable by autograd."""
+    """U as a function of tensors alone."""
 
     def compute(query: Tensor, key: Tensor, value: Tensor, *tangents: Tensor) -> Tensor:
-        out, lse = _FORMULAS.forward(query, key, value, band)
-        return _FORMULAS.jvp(query, key, value, out, lse, Gradients(*tangents), band)
+        return custom.jvp_formula(query, key, value, Gradients(*tangents), band)
 
     return compute
 
 
 def _hvp_from_scratch(band: Band) -> Callable[..., tuple[Tensor, ...]]:
-    """The curvature as a function of q, k, v, dO and (a, b, c) alone, traceable by autograd."""
+    """The curvature as a function of tensors alone."""
 
     def compute(
-        query: Tensor, key: Tensor, value: Tensor, cotangent: Tensor, *rest: Tensor
+        query: Tensor, key: Tensor, value: Tensor, cotangent: Tensor, *cotangents: Tensor
     ) -> tuple[Tensor, ...]:
-        out, lse = _FORMULAS.forward(query, key, value, band)
-        return tuple(_FORMULAS.hvp(query, key, value, out, lse, cotangent, Gradients(*rest), band))
+        return tuple(custom.hvp_formula(query, key, value, cotangent, Gradients(*cotangents), band))
 
     return compute
 

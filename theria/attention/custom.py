@@ -66,12 +66,7 @@ class CustomOperators:
         band: Band,
     ) -> Out:
         """Derivative of O along the tangents."""
-        q, k, v = _grouped(query, key), _wide(key), _wide(value)
-        a, b, c = _grouped(tangents.query, key), _wide(tangents.key), _wide(tangents.value)
-        p = _probabilities(q, k, query.shape[-2], band)
-        t = band.scale * (a @ k.mT + q @ b.mT)
-        u = (p * (t - (p * t).sum(-1, keepdim=True))) @ v + p @ c
-        return _ungrouped(u, query).to(query.dtype)
+        return jvp_formula(query, key, value, tangents, band)
 
     def hvp(
         self,
@@ -85,23 +80,40 @@ class CustomOperators:
         band: Band,
     ) -> Curvature:
         """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
-        q, k, v, do = _grouped(query, key), _wide(key), _wide(value), _grouped(cotangent, key)
-        a, b, c = _grouped(cotangents.query, key), _wide(cotangents.key), _wide(cotangents.value)
-        p = _probabilities(q, k, query.shape[-2], band)
-        t = band.scale * (a @ k.mT + q @ b.mT)
-        m = (p * t).sum(-1, keepdim=True)
-        u = (p * (t - m)) @ v + p @ c
-        dp = do @ v.mT
-        d = (p * dp).sum(-1, keepdim=True)
-        e = (do * u).sum(-1, keepdim=True)
-        ds = p * (dp - d)
-        w = p * (do @ c.mT + (dp - d) * t - m * dp - (e - m * d))
-        return Curvature(
-            _ungrouped(band.scale * (ds @ b + w @ k), query).to(query.dtype),
-            (band.scale * (ds.mT @ a + w.mT @ q)).to(key.dtype),
-            ((p * (t - m)).mT @ do).to(value.dtype),
-            _ungrouped(u, query).to(query.dtype),
-        )
+        return hvp_formula(query, key, value, cotangent, cotangents, band)
+
+
+def jvp_formula(query: Query, key: Key, value: Value, tangents: Gradients, band: Band) -> Out:
+    """U of `theria.attention.operators`, traceable by autograd in every argument."""
+    q, k, v = _grouped(query, key), _wide(key), _wide(value)
+    a, b, c = _grouped(tangents.query, key), _wide(tangents.key), _wide(tangents.value)
+    p = _probabilities(q, k, query.shape[-2], band)
+    t = band.scale * (a @ k.mT + q @ b.mT)
+    u = (p * (t - (p * t).sum(-1, keepdim=True))) @ v + p @ c
+    return _ungrouped(u, query).to(query.dtype)
+
+
+def hvp_formula(
+    query: Query, key: Key, value: Value, cotangent: Out, cotangents: Gradients, band: Band
+) -> Curvature:
+    """The curvature of `theria.attention.operators`, traceable by autograd in every argument."""
+    q, k, v, do = _grouped(query, key), _wide(key), _wide(value), _grouped(cotangent, key)
+    a, b, c = _grouped(cotangents.query, key), _wide(cotangents.key), _wide(cotangents.value)
+    p = _probabilities(q, k, query.shape[-2], band)
+    t = band.scale * (a @ k.mT + q @ b.mT)
+    m = (p * t).sum(-1, keepdim=True)
+    u = (p * (t - m)) @ v + p @ c
+    dp = do @ v.mT
+    d = (p * dp).sum(-1, keepdim=True)
+    e = (do * u).sum(-1, keepdim=True)
+    ds = p * (dp - d)
+    w = p * (do @ c.mT + (dp - d) * t - m * dp - (e - m * d))
+    return Curvature(
+        _ungrouped(band.scale * (ds @ b + w @ k), query).to(query.dtype),
+        (band.scale * (ds.mT @ a + w.mT @ q)).to(key.dtype),
+        ((p * (t - m)).mT @ do).to(value.dtype),
+        _ungrouped(u, query).to(query.dtype),
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Every output buffer is filled with NaN before a launch, so what no program write
 import copy
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -386,6 +387,19 @@ def test_the_backend_takes_what_the_kernels_compute_and_auto_gives_it_cuda_calls
     assert select_backend(call_of("cpu", 64), "auto") == "reference"
     with pytest.raises(NotImplementedError, match="it supports widths up to 256, not 257"):
         select_backend(call_of("cuda", 257), "triton_fused")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "refused"),
+    [(torch.float32, 129, True), (torch.float32, 128, False), (torch.float16, 256, False)],
+)
+def test_wide_float32_needs_shared_memory(monkeypatch, dtype, width, refused):
+    properties = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 101_376})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=properties))
+    reason = triton_fused._refusal(dtype, torch.device("cuda:0"), width)
+    assert (reason is not None) == refused
+    assert reason is None or "131072 bytes of shared memory, not 101376" in reason
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumEx
 PRECISIONS = ("ieee", "fma", "bf16x6", "tf32x3", "tf32")
 
 MAX_WIDTH = 256
+SHARED_MEMORY_OF_WIDE_FLOAT32 = 128 * 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _KERNELS = {
@@ -255,9 +256,25 @@ def _refusal(dtype: torch.dtype, device: torch.device, width: int) -> str | None
         return f"it supports {', '.join(map(str, DTYPES))}, not {dtype}"
     if width > MAX_WIDTH:
         return f"it supports widths up to {MAX_WIDTH}, not {width}"
-    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
+    if device.type == "cuda":
+        return _lack_of_shared_memory(dtype, device, width)
+    if device.type == "cpu" and _INTERPRETED:
         return None
     return (
         f"it supports CUDA devices, and the CPU where TRITON_INTERPRET=1 is set before theria is imported, "
         f"not {device}"
+    )
+
+
+def _lack_of_shared_memory(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
+    """The smallest tiles of wide float32 operands, with their tangents, do not fit on every device."""
+    if dtype != torch.float32 or width <= 128 or not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    available = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    if available >= SHARED_MEMORY_OF_WIDE_FLOAT32:
+        return None
+    return (
+        f"it supports float32 widths above 128 on devices with {SHARED_MEMORY_OF_WIDE_FLOAT32} bytes of "
+        f"shared memory, not {available}"
     )

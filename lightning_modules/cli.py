@@ -172,7 +172,12 @@ class TheriaCLI(LightningCLI):
             return
         subcommand = str(self.subcommand)
         config = self.config[subcommand]
-        self.run_directory = open_run_directory(subcommand, config["save_dir"], config["name"], self.restart)
+        try:
+            self.run_directory = open_run_directory(
+                subcommand, config["save_dir"], config["name"], self.restart
+            )
+        except ResumeError as error:
+            fail(str(error))
         in_place = subcommand == "fit" and self.restart is not None and self.restart.in_place
         for logger in loggers:
             logger.bind(self.run_directory, self.restart.step if in_place and self.restart else None)

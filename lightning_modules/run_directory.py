@@ -1,8 +1,9 @@
 """Run directories: `<save_dir>/<name>/version_N`, made once, and found again with their newest checkpoint."""
 
+import fcntl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -13,6 +14,7 @@ from lightning_modules.checkpoint_io import UnreadableCheckpointError, read_chec
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LOCK_NAME = ".lock"
 METRICS = ("metrics.csv", "metrics.jsonl")
 # Lightning's own, of which "last" starts from scratch without a word where it finds nothing.
 _KEYWORDS = ("last", "best", "hpc")
@@ -65,19 +67,40 @@ def open_run_directory(subcommand: str, save_dir: str, name: str, restart: Resta
     """The directory to write into: of the resumed run, of a new one, or a new one for an evaluation.
 
     An evaluation of a run's checkpoint gets `test_N` or `validate_N` inside that run's directory.
+
+    Raises:
+        ResumeError: another process is training in the directory.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         # Only rank zero writes, and the trainer tells its directory to whoever asks.
         return Path(save_dir, name)
     if subcommand == "fit":
         if restart is not None and restart.in_place and restart.run is not None:
+            _hold(restart.run)
             remove_leftovers(restart.run)
             remove_leftovers(restart.run / CHECKPOINTS)
             return restart.run
-        return create_run_directory(save_dir, name)
+        return _hold(create_run_directory(save_dir, name))
     if restart is not None and restart.run is not None:
         return create_run_directory(restart.run.parent, restart.run.name, subcommand)
     return create_run_directory(save_dir, name, subcommand)
+
+
+_held: list[IO[str]] = []
+"""Open files of locks: the system gives a lock back when its process ends, however it ends."""
+
+
+def _hold(run: Path) -> Path:
+    """Keep other processes from training in a directory for as long as this one lives."""
+    lock = (run / LOCK_NAME).open("a", encoding="utf-8")
+    try:
+        # not flock, which data-loading workers would inherit and keep past a kill
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        lock.close()
+        raise ResumeError(f"{run}: another process is training in this run directory") from error
+    _held.append(lock)
+    return run
 
 
 def find_restart(ckpt_path: str | Path) -> Restart:

@@ -1,6 +1,8 @@
 """Run directories are made once and found again with their newest readable checkpoint."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.run_directory import (
+    Restart,
     ResumeError,
     checkpoint_files,
     config_beside,
@@ -169,3 +172,27 @@ def test_a_directory_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_000200.ckpt").mkdir()
     (tmp_path / "checkpoints" / "step_000300.ckpt").symlink_to(tmp_path / "nowhere")
     assert find_restart(tmp_path).checkpoint == good
+
+
+HOLD_IT = """
+import sys
+from pathlib import Path
+from lightning_modules.run_directory import Restart, open_run_directory
+run = Path(sys.argv[1])
+restart = Restart(run / "a.ckpt", 0, {}, run, in_place=True)
+print(open_run_directory("fit", run.parent, "x", restart), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_directory_and_a_killed_one_gives_it_back(tmp_path: Path) -> None:
+    run = create_run_directory(tmp_path, "x")
+    restart = Restart(run / "a.ckpt", 0, {}, run, in_place=True)
+    command = [sys.executable, "-c", HOLD_IT, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == f"{run}\n"
+        with pytest.raises(ResumeError, match="version_0: another process is training in this run directory"):
+            open_run_directory("fit", str(tmp_path), "x", restart)
+        other.kill()
+    assert open_run_directory("fit", str(tmp_path), "x", restart) == run

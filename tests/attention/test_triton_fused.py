@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from theria.attention import custom, triton_fused
+from theria.attention import custom, scaled_dot_product_attention, triton_fused
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
@@ -111,6 +111,7 @@ COVERING = {
     "window of one": ((1, 1, 1, 63, 63, 16, 8), Band(0.3, causal=True, window=1)),
     "window, suffix": ((1, 1, 1, 31, 97, 40, 24), Band(0.3, causal=True, offset=66, window=33)),
     "window beyond everything": ((1, 1, 1, 31, 63, 16, 16), Band(0.3, causal=True, window=2**40)),
+    "window of whole tiles": ((1, 1, 1, 96, 128, 16, 16), Band(0.3, causal=True, offset=30, window=93)),
     "window longer than the keys, left behind by some rows": (
         (1, 1, 1, 97, 31, 16, 16),
         Band(0.3, causal=True, window=40),
@@ -149,6 +150,16 @@ def test_any_strides_are_read():
 
     for name, value in operands.map(rearranged).outputs(OPERATORS, band).items():
         assert relative(value, expected[name].double()) <= 1e-6, name  # sums in another order
+
+
+def test_negated_views_are_read():
+    """Conjugated complex tensors leave real ones whose sign is a flag that raw pointers do not show."""
+    operands = Operands.draw((1, 2, 1, 17, 19, 16, 8), torch.float32)
+    negated = operands.map(lambda t: torch.complex(t, -t).conj().imag)
+    assert negated.query.is_neg()
+    expected = operands.outputs(OPERATORS, Band(0.3, causal=True))
+    for name, value in negated.outputs(OPERATORS, Band(0.3, causal=True)).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_expanded_operands_are_read():
@@ -483,6 +494,48 @@ def test_derivatives_in_half_precision_do_not_feel_the_size_of_keys_and_values(d
     same_dtype = explicit_softmax(operands, band)
     for name, value in exact.items():
         assert relative(found[name], value) <= 3 * relative(same_dtype[name], value), name
+
+
+@pytest.mark.parametrize("order", ["dq", "gq"])
+def test_the_chain_keeps_the_unrounded_output(order):
+    """The errors above, asked of the backend: a chain that saved the rounded O would err ten times as much."""
+    torch.manual_seed(0)
+    inputs = [(torch.randn(1, 1, 96, 16) + shift).half() for shift in (0.0, 3.0, 10.0)]
+    cotangent, *directions = (torch.randn(1, 1, 96, 16).half() for _ in range(4))
+
+    def derivative(backend: str, dtype: torch.dtype) -> Tensor:
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
+        out = scaled_dot_product_attention(*leaves, backend=backend)
+        first = torch.autograd.grad(out, leaves, cotangent.to(DEVICE, dtype), create_graph=True)
+        if order == "dq":
+            return first[0].detach()
+        return torch.autograd.grad(first, leaves[0], [t.to(DEVICE, dtype) for t in directions])[0]
+
+    exact = derivative("reference", torch.float64)
+    assert relative(derivative("triton_fused", torch.float16), exact) <= {"dq": 3e-3, "gq": 2.5e-2}[order]
+
+
+def test_tiles_outside_of_the_band_are_not_visited():
+    """What stands there may be NaN: nothing of it reaches an output."""
+    operands = Operands.draw((1, 1, 1, 64, 160, 16, 16), torch.float32)
+    band = Band(0.3, causal=True, offset=64, window=40)  # keys 25 to 127
+    for tensor in (operands.key, operands.value, *operands.directions[1:]):
+        tensor[:, :, 128:] = torch.nan
+    for name, value in operands.outputs(OPERATORS, band).items():
+        rows = slice(0, 128) if name in ("dk", "dv", "gk", "gv") else slice(None)
+        assert torch.isfinite(value[:, :, rows]).all(), name
+
+
+def test_a_compilation_that_fails_leaves_the_compiler_as_it_was(monkeypatch):
+    class Broken:
+        def warmup(self, *_, **__):
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(triton_fused, "_KERNELS", {"vjp_rows": Broken(), "vjp_columns": Broken()})
+    jobs = {name: ((1,), (), {}) for name in ("vjp_rows", "vjp_columns")}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no compiler"):
+            triton_fused._compile_together(jobs, torch.zeros(1))
 
 
 def test_values_that_are_equal_pass_through_rounded_weights():

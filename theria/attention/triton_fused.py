@@ -4,6 +4,7 @@ On CUDA devices, and on the CPU under Triton's interpreter (TRITON_INTERPRET=1 b
 No launch adds to memory that another program writes, so two equal calls give equal bits.
 """
 
+import contextvars
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,13 +55,13 @@ class TritonOperators:
     """`theria.attention.operators.AttentionOperators` as Triton kernels.
 
     Args:
-        precision: how float32 products are taken. "ieee": every product of two numbers exact and summed in
-            float32, as IEEE arithmetic has it, but on the matrix units, which multiply the numbers' three
-            parts of 8 bits, nine products in all (CUBLAS_COMPUTE_32F_EMULATED_16BFX9 of cuBLAS is the same
-            idea); results keep float32's accuracy, not the bits of another order of sums. "fma": fused
-            multiply-adds of the ordinary units, several times slower. "bf16x6" leaves out the three least of
-            the nine products, "tf32x3" takes two parts of 11 bits; both are faster. "tf32" rounds the factors
-            to 11 bits. Half precision ignores it.
+        precision: how float32 products are taken. "ieee": every product of two finite numbers exact, and sums
+            in float32, on the matrix units, which multiply the numbers' three parts of 8 bits, nine products
+            in all (CUBLAS_COMPUTE_32F_EMULATED_16BFX9 of cuBLAS is the same idea). Errors are those of plain
+            float32, not its bits: the units truncate within a tile's sum; an infinite factor gives NaN; of
+            numbers below 2^-110 the last part is lost. "fma": fused multiply-adds of the ordinary units,
+            several times slower. "bf16x6" leaves out the three least of the nine products, "tf32x3" takes two
+            parts of 11 bits. "tf32" rounds the factors to 11 bits. Half precision ignores it.
 
     Raises:
         ValueError: for another precision, and, from the operators, for a dtype, device or width that the
@@ -221,8 +222,13 @@ def _compile_together(jobs: dict[str, tuple[Any, Any, dict[str, Any]]], query: T
             kernel.run  # noqa: B018 - the property loads it
 
     with ThreadPoolExecutor(len(jobs)) as threads:
-        with triton.AsyncCompileMode(threads):
-            warm_up()
+
+        def compile_in_threads() -> None:
+            with triton.AsyncCompileMode(threads):
+                warm_up()
+
+        # the mode outlives an error in its context, where every later compilation would meet it
+        contextvars.copy_context().run(compile_in_threads)
         list(threads.map(load, warm_up()))
     _compiled.add(met)
 

@@ -18,7 +18,8 @@ class Operand(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Operand":
-        """The tensor with its strides."""
+        """The tensor with its strides; a negation that it carries as a flag is written out."""
+        tensor = tensor.resolve_neg()
         return cls(tensor, *tensor.stride())
 
 
@@ -32,7 +33,8 @@ class Vector(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Vector":
-        """The tensor with its strides."""
+        """The tensor with its strides; a negation that it carries as a flag is written out."""
+        tensor = tensor.resolve_neg()
         return cls(tensor, *tensor.stride())
 
 

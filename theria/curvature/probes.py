@@ -1,0 +1,184 @@
+"""Probes of an attention callable: its derivatives against float64, and its second-order paths in a model.
+
+What autograd answers is never taken for a fact: a second-order path exists where its magnitude does, compared
+with the explicit softmax in float64 on the same numbers.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from theria.curvature.accuracy import Deviation, compare, share
+from theria.curvature.cases import Case, draw
+from theria.curvature.convention import Attention, Convention
+from theria.curvature.derivatives import OUTPUTS, Failure, differentiate_again, evaluate
+from theria.curvature.verdicts import PRESENT
+from theria.maml import TaskModel
+from theria.maml.task_model import Batch
+
+
+
+@dataclass(frozen=True)
+class DerivativeProbe:
+    """What an implementation does in one case, beside the explicit softmax in float64.
+
+    Attributes:
+        case: the call.
+        deviations: quantity -> its error, named as in `theria.curvature.derivatives.Outcome.values`.
+        shares: (direction, input) -> <H u, H_ref u> / |H_ref u|^2, with u along one of query, key and value;
+            the output's cotangent is the fourth input of a gradient.
+        failure: the first error on the way to the second derivative.
+        unsupported: forward modes that the implementation does not offer -> the error.
+    """
+
+    case: Case
+    deviations: dict[str, Deviation] = field(default_factory=dict)
+    shares: dict[tuple[str, str], float] = field(default_factory=dict)
+    failure: Failure | None = None
+    unsupported: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> str:
+        """Why the implementation does not do this call at all, or nothing."""
+        return self.failure.error if self.failure and self.failure.order == 0 and not self.deviations else ""
+
+    @property
+    def surviving(self) -> dict[str, float]:
+        """Input -> the share of its curvature that is there, the mean over the directions.
+
+        Each direction counts alike, so that an input is not held responsible for what is missing of its
+        product with another one, however large that product is in this case.
+        """
+        found = {name: [s for (_, which), s in self.shares.items() if which == name] for name in OUTPUTS}
+        return {name: statistics.fmean(shares) for name, shares in found.items() if shares}
+
+    def worst(self, *ways: str) -> Deviation | None:
+        """The deviation furthest beyond what is allowed, of the quantities taken in one of these ways."""
+        found = [d for name, d in self.deviations.items() if name.split("/")[0].split(" along ")[0] in ways]
+        return max(found, key=lambda deviation: deviation.of_allowed, default=None)
+
+
+def probe_derivatives(
+    attention: Attention,
+    case: Case,
+    *,
+    convention: Convention | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> DerivativeProbe:
+    """Compare forward, vjp, jvp and Hessian-vector products of a callable with float64.
+
+    Everything is asked of the callable itself, see `theria.curvature.derivatives.evaluate`; what is allowed
+    stands in `theria.curvature.accuracy.compare`.
+
+    Args:
+        attention: in the convention of the probes, see `Convention.bind`.
+        case: the call.
+        convention: in which layout memory is contiguous, and where the causal diagonal starts.
+        device, dtype: of the inputs.
+        seed: of the inputs and the direction.
+    """
+    convention = convention or Convention()
+    sample = draw(case, layout=convention.layout, device=device, dtype=dtype, seed=seed)
+    found = evaluate(attention, sample, causal=case.causal)
+    deviations, shares = compare(
+        found.values, sample, causal=case.causal, alignment=convention.alignment, dtype=dtype
+    )
+    return DerivativeProbe(case, deviations, shares, found.failure, found.unsupported)
+
+
+@dataclass(frozen=True)
+class SecondOrderPath:
+    """Curvature of the support loss by a set of parameters, H u for a random u in their space.
+
+    Attributes:
+        magnitude: |H u| relative to the reference's.
+        surviving: module -> <H u, H_ref u> / |H_ref u|^2 over its parameters.
+    """
+
+    magnitude: float
+    surviving: dict[str, float]
+
+    @property
+    def exists(self) -> bool:
+        """By magnitude, not by whether autograd returned something."""
+        return self.magnitude >= PRESENT
+
+
+def second_order_path(
+    model: nn.Module,
+    reference: nn.Module,
+    support: Batch,
+    *,
+    modules: Sequence[str] | None = None,
+    seed: int = 0,
+) -> SecondOrderPath:
+    """How much of the second-order signal through some parameters of a model is there.
+
+    The inner gradient by these parameters alone is differentiated by the same parameters, at the model's own
+    values, one copy a task.
+
+    Args:
+        model: over the attention under test; maps x (batch, length, width) to logits.
+        reference: the same model in float64 over the explicit softmax.
+        support: x (tasks, batch, length, width), y (tasks, batch).
+        modules: names of modules; None for all parameters, the global path.
+        seed: of the direction.
+
+    Raises:
+        RuntimeError: what autograd raises where the attention cannot be differentiated twice.
+    """
+    found = _hessian_vector_product(model, support, modules, seed)
+    expected = _hessian_vector_product(reference, _double(support), modules, seed)
+    surviving = {
+        module: share(_joined(found, module), _joined(expected, module))
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in expected)
+    }
+    return SecondOrderPath((_norm(found) / _norm(expected)).item(), surviving)
+
+
+def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """|x - y| / |y| over all parameters together, in float64; 0 where nothing differs.
+
+    Of FO by FULL meta-gradients it is the part of a meta-gradient that second order makes.
+    """
+    difference = _norm({name: found[name].double() - value.double() for name, value in expected.items()})
+    return 0.0 if difference == 0 else (difference / _norm(expected)).item()
+
+
+def _hessian_vector_product(
+    model: nn.Module, support: Batch, modules: Sequence[str] | None, seed: int
+) -> dict[str, Float[Tensor, "tasks ..."]]:
+    """H u by the parameters of ``modules``; others are constants."""
+    task_model = TaskModel(model)
+    stacked, _ = task_model.initial(support[1].shape[0])
+    chosen = [
+        i
+        for i, name in enumerate(task_model.adapted_names)
+        if modules is None or name.rpartition(".")[0] in modules
+    ]
+    own = [stacked[i].requires_grad_() for i in chosen]
+    loss, _ = task_model.total_loss(stacked, [], support)
+    gradients = torch.autograd.grad(loss, own, create_graph=True)
+    generator = torch.Generator().manual_seed(seed)
+    directions = [torch.randn(p.shape, generator=generator).to(p) for p in own]
+    products = [(g * u).sum() for g, u in zip(gradients, directions, strict=True)]
+    curved = differentiate_again(torch.stack(products).sum(), own)
+    return {task_model.adapted_names[i]: h for i, h in zip(chosen, curved, strict=True)}
+
+
+def _joined(values: Mapping[str, Tensor], module: str) -> Tensor:
+    return torch.cat([v.double().flatten() for name, v in values.items() if name.rpartition(".")[0] == module])
+
+
+def _norm(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(v.double()) for v in values.values()]).norm()
+
+
+def _double(batch: Batch) -> Batch:
+    return batch[0].double(), batch[1]

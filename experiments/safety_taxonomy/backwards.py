@@ -19,12 +19,14 @@ class Rewired(Function):
 
     @staticmethod
     def forward(ctx: Any, attend: Callable[..., Tensor], gradients: Gradients, *inputs: Tensor) -> Tensor:
+        """Attention by the first function."""
         ctx.gradients = gradients
         ctx.save_for_backward(*inputs)
         return attend(*inputs)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
+        """Gradients by the second."""
         return None, None, *ctx.gradients(*ctx.saved_tensors, cotangent)
 
 
@@ -34,6 +36,7 @@ class RewiredOnce(Rewired):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
+        """Gradients without a graph, and a node that raises when it is differentiated."""
         return Rewired.backward(ctx, cotangent)
 
 

@@ -24,6 +24,7 @@ from experiments.safety_taxonomy.wrappers import (
 from theria.curvature import Status, Verdict
 from theria.curvature.convention import Attention
 
+
 @dataclass(frozen=True)
 class Variant:
     """A broken attention, and what an audit has to say about it.
@@ -116,7 +117,7 @@ VARIANTS = {
         Variant(
             "checkpoint_no_grad",
             rewired(recomputed_and_differentiated),
-            "checkpointing by hand: the forward recomputed on detached inputs, as reentrant checkpointing does",
+            "checkpointing that recomputes the forward on detached inputs, as the reentrant kind does",
             _COLLAPSE,
             collapsed=_ALL,
         ),

@@ -1,7 +1,7 @@
 """Wrappers that cut something from the graph of a sound attention, or change its output.
 
-The silent ones keep an edge of weight zero (x.detach() + 0 x): a plain detach makes autograd complain about an
-unused input, and everybody notices.
+The silent ones keep an edge of weight zero (x.detach() + 0 x): a plain detach makes autograd complain about
+an unused input, and everybody notices.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def stats_detach_logits_sdpa(base: Attention) -> Attention:
 
 
 def stats_detach_softmax_output_sdpa(base: Attention) -> Attention:
-    """The probabilities are cut from the graph; the implementation yields them as attention to unit values."""
+    """The probabilities are cut from the graph; attention to unit values yields them."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
         probabilities = base(query, key, _unit_rows(key), is_causal=is_causal)

@@ -42,8 +42,8 @@ def compare(
     elements, relative to the largest element of the reference, or to 1% of the largest of its kind where that
     is more. Allowed is the dtype's tolerance for float32 and float64; for half precision, twice (outputs) or
     three times (derivatives) the error of the explicit softmax in that dtype, which is flash-attention's
-    rule, or one unit of rounding of the largest of its kind. A share is <H u, H_ref u> / |H_ref u|^2 in one input,
-    with u along one; it is given where the reference is ten times above what an error may be.
+    rule, or one unit of rounding of the largest of its kind. A share is <H u, H_ref u> / |H_ref u|^2 in one
+    input, with u along one; it is given where the reference is ten times above what an error may be.
 
     Args:
         found: quantities of the implementation, named as in `theria.curvature.derivatives.Outcome.values`.

@@ -66,6 +66,16 @@ _CASES = (
 )
 _LONG_CASES = (Case(1, 2, 1000, 1000, 64), Case(1, 2, 1024, 1024, 64, causal=True))
 
+SMALL_CASES = (
+    Case(1, 1, 9, 9, 16),
+    Case(1, 2, 9, 9, 16, causal=True),
+    Case(1, 1, 1, 12, 16),
+    Case(1, 1, 5, 12, 16, causal=True, strided=True),
+    Case(1, 1, 9, 9, 16, magnitude=3),
+    Case(1, 1, 70, 70, 16, causal=True, uniform_cotangent=True),
+)
+"""For implementations that take milliseconds a tile, as kernels do under Triton's interpreter."""
+
 
 def default_cases(device: torch.device | str) -> tuple[Case, ...]:
     """What `audit` probes; a GPU also gets lengths at which kernels are chosen differently."""
@@ -93,9 +103,7 @@ class Sample(NamedTuple):
         return Sample(query, key, value, self.cotangent.double(), (a, b, c))
 
 
-def draw(
-    case: Case, *, layout: Layout, device: torch.device | str, dtype: torch.dtype, seed: int
-) -> Sample:
+def draw(case: Case, *, layout: Layout, device: torch.device | str, dtype: torch.dtype, seed: int) -> Sample:
     """Normal numbers, the same on every device, whose memory is contiguous in ``layout``.
 
     With ``case.strided`` it is contiguous in the other layout instead.

@@ -117,9 +117,9 @@ def find_convention(
     chosen = layout or _layout_of_names(causal_argument, scale_argument)
     if chosen is None and answered:
         raise ConventionError(
-            f"cannot tell the layout of {_name(function)}: its output is attention over neither (batch, heads,"
-            f" length, dim) nor (batch, length, heads, dim), the closer one is off by {closest:.0%}; say which"
-            " it takes with layout='heads_first' or layout='heads_last'"
+            f"cannot tell the layout of {_name(function)}: its output is attention over neither (batch,"
+            f" heads, length, dim) nor (batch, length, heads, dim), the closer one is off by {closest:.0%};"
+            " say which it takes with layout 'heads_first' or 'heads_last'"
         )
     return Convention(chosen or "heads_first", causal_argument, scale_argument)
 
@@ -163,8 +163,8 @@ def _only(function: Callable[..., Any], parameters: set[str], names: tuple[str, 
     found = [name for name in names if name in parameters]
     if len(found) > 1:
         raise ConventionError(
-            f"{_name(function)} has the arguments {' and '.join(found)}: ambiguous, wrap it in a function that"
-            " has one of them"
+            f"{_name(function)} has the arguments {' and '.join(found)}, which is ambiguous: wrap it in a"
+            " function that has one of them"
         )
     return found[0] if found else None
 
@@ -183,9 +183,7 @@ def _square_inputs(device: torch.device | str, dtype: torch.dtype) -> Iterator[t
         yield _normal(device, dtype, sizes, sizes, sizes)
 
 
-def _normal(
-    device: torch.device | str, dtype: torch.dtype, *sizes: tuple[int, ...]
-) -> tuple[Tensor, ...]:
+def _normal(device: torch.device | str, dtype: torch.dtype, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(size, generator=generator).to(device=device, dtype=dtype) for size in sizes)
 

@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,10 +41,17 @@ class MetaTask:
         outer_lr: rate of Adam.
     """
 
-    spec: SeqClsSpec = SeqClsSpec()
+    spec: SeqClsSpec = field(default_factory=SeqClsSpec)
     tasks: int = 16
     inner_lr: float = 0.4
     outer_lr: float = 1e-3
+
+
+SMALL_TASK = MetaTask(
+    SeqClsSpec(length=6, width=16, num_classes=2, num_signal_positions=2, support_size=2, query_size=2),
+    tasks=1,
+)
+"""Two sequences: for implementations that take milliseconds a tile, as kernels do under an interpreter."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,9 @@ def probe_learning(
             ids = torch.arange(task.tasks * step, task.tasks * (step + 1), device=device)
             batch = sample_tasks(task.spec, ids, seed=seed, epoch=0, stream="train", dtype=dtype)
             model = _over(master, _BACKEND, dtype)
-            probe, full, failure = _step(model, batch[:2], batch[2:4], inner_steps, task.inner_lr, seed + step)
+            probe, full, failure = _step(
+                model, batch[:2], batch[2:4], inner_steps, task.inner_lr, seed + step
+            )
             if probe is None:
                 break
             probes.append(probe)

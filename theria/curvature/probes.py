@@ -21,7 +21,6 @@ from theria.maml import TaskModel
 from theria.maml.task_model import Batch
 
 
-
 @dataclass(frozen=True)
 class DerivativeProbe:
     """What an implementation does in one case, beside the explicit softmax in float64.
@@ -173,7 +172,9 @@ def _hessian_vector_product(
 
 
 def _joined(values: Mapping[str, Tensor], module: str) -> Tensor:
-    return torch.cat([v.double().flatten() for name, v in values.items() if name.rpartition(".")[0] == module])
+    return torch.cat(
+        [v.double().flatten() for name, v in values.items() if name.rpartition(".")[0] == module]
+    )
 
 
 def _norm(values: Mapping[str, Tensor]) -> Tensor:

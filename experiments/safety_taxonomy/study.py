@@ -51,7 +51,9 @@ def run(args: argparse.Namespace, backends: Sequence[str]) -> None:
                 inner_steps=args.inner_steps,
             )
             first = of_variant[0]
-            console.print(f"{backend:13} {variant.name:34} {first['verdict']:17} {first['status']}")
+            console.print(
+                f"{backend:13} {variant.name:34} {first['verdict']:17} {first['status']}", soft_wrap=True
+            )
             found += of_variant
     table = pd.DataFrame(found)
     depths = differences_by_depth(args.inner_steps, range(args.seeds), device) if args.seeds else None
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace, backends: Sequence[str]) -> None:
     draw(table, picture)
     report = summarise(table, depths, provenance("experiments.safety_taxonomy"), notes, picture.name)
     args.out.write_text(report, encoding="utf-8")
-    console.print(f"written: {args.out}, and beside it the CSV and the picture")
+    console.print(f"written: {args.out}, and beside it the CSV and the picture", soft_wrap=True)
 
 
 def crossed(

@@ -12,7 +12,9 @@ _STATISTICS = ("stats_detach_logits_sdpa", "stats_detach_softmax_output_sdpa")
 _HEALTHY, *_COLLAPSED = COMPARED
 
 
-def summarise(table: pd.DataFrame, depths: pd.DataFrame | None, provenance: str, notes: Sequence[str]) -> str:
+def summarise(
+    table: pd.DataFrame, depths: pd.DataFrame | None, provenance: str, notes: Sequence[str], picture: str
+) -> str:
     """The Markdown report of the crossed table and of the FULL-FO difference by depth."""
     lines = [
         "# Ways to break attention, and what each does to second-order meta-learning",

@@ -12,7 +12,7 @@ from theria.attention import scaled_dot_product_attention
 from theria.attention.call import CausalAlignment, diagonal_offset
 from theria.attention.masks import visible_keys
 from theria.curvature.cases import Sample
-from theria.curvature.derivatives import FORWARD, HVP, evaluate
+from theria.curvature.derivatives import FORWARD, HVP, HVP_CONSTANT, KIND_OF, Quantity, evaluate
 from theria.curvature.verdicts import TOLERANCES
 
 _OUTPUT_FACTOR, _DERIVATIVE_FACTOR = 2.0, 3.0
@@ -29,13 +29,13 @@ class Deviation:
 
 
 def compare(
-    found: Mapping[str, Tensor],
+    found: Mapping[Quantity, Tensor],
     sample: Sample,
     *,
     causal: bool,
     alignment: CausalAlignment,
     dtype: torch.dtype,
-) -> tuple[dict[str, Deviation], dict[tuple[str, str], float]]:
+) -> tuple[dict[Quantity, Deviation], dict[Quantity, float]]:
     r"""Errors of an implementation's quantities, and the shares of its curvature that are there.
 
     The reference is the explicit softmax in float64 on the same numbers. An error is the largest over the
@@ -46,13 +46,13 @@ def compare(
     input, with u along one; it is given where the reference is ten times above what an error may be.
 
     Args:
-        found: quantities of the implementation, named as in `theria.curvature.derivatives.Outcome.values`.
+        found: quantities of the implementation.
         sample: what they were computed from.
         causal, alignment: the mask.
         dtype: whose rounding is allowed.
 
     Returns:
-        quantity -> its deviation, and (direction, input or "cotangent") -> share.
+        quantity -> its deviation, and Hessian-vector product -> share.
     """
     expected = evaluate(partial(_exact, alignment=alignment), sample.double(), causal=causal).values
     rounded = [
@@ -60,25 +60,26 @@ def compare(
         for split in (() if dtype in TOLERANCES else (False, True))
     ]
     largest: dict[str, float] = {}
-    for name, value in expected.items():
-        largest[_kind(name)] = max(largest.get(_kind(name), 0.0), _largest(value))
+    for quantity, value in expected.items():
+        kind = KIND_OF[quantity.way]
+        largest[kind] = max(largest.get(kind, 0.0), _largest(value))
 
-    deviations: dict[str, Deviation] = {}
-    shares: dict[tuple[str, str], float] = {}
-    for name, value in found.items():
-        of_kind = largest[_kind(name)]
-        scale = max(_largest(expected[name]), _SMALL_PART * of_kind)
+    deviations: dict[Quantity, Deviation] = {}
+    shares: dict[Quantity, float] = {}
+    for quantity, value in found.items():
+        kind, exact = KIND_OF[quantity.way], expected[quantity]
+        scale = max(_largest(exact), _SMALL_PART * largest[kind])
         if dtype in TOLERANCES:
             allowed = TOLERANCES[dtype] * scale
         else:
-            factor = _OUTPUT_FACTOR if _kind(name) == FORWARD else _DERIVATIVE_FACTOR
-            rounding = max(_largest(other[name] - expected[name]) for other in rounded)
-            allowed = max(factor * rounding, torch.finfo(dtype).eps * of_kind)
-        error = _largest(value - expected[name])
-        deviations[name] = Deviation(_ratio(error, scale), _ratio(error, allowed))
-        direction, _, which = name.removeprefix(f"{HVP} along ").partition("/")
-        if name.startswith(f"{HVP} along ") and _largest(expected[name]) > _CLEARLY * allowed:
-            shares[direction, which] = share(value, expected[name])
+            factor = _OUTPUT_FACTOR if quantity.way == FORWARD else _DERIVATIVE_FACTOR
+            rounding = max(_largest(other[quantity] - exact) for other in rounded)
+            allowed = max(factor * rounding, torch.finfo(dtype).eps * largest[kind])
+        error = _largest(value - exact)
+        deviations[quantity] = Deviation(_ratio(error, scale), _ratio(error, allowed))
+        # of one input alone there is one block of its curvature, which is not what it keeps of the whole
+        if quantity.way in (HVP, HVP_CONSTANT) and _largest(exact) > _CLEARLY * allowed:
+            shares[quantity] = share(value, exact)
     return deviations, shares
 
 
@@ -120,11 +121,6 @@ def _rounded(
         scores = scores.masked_fill(~(visible | dead), -math.inf)
         return scores.softmax(-1).masked_fill(dead, 0) @ value
     return scores.softmax(-1) @ value
-
-
-def _kind(name: str) -> str:
-    """The way a quantity was taken, whatever its direction and input."""
-    return name.split("/")[0].split(" along ")[0]
 
 
 def _largest(values: Tensor) -> float:

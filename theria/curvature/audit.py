@@ -11,28 +11,10 @@ import torch
 from theria.curvature.accuracy import Deviation
 from theria.curvature.cases import Case, default_cases
 from theria.curvature.convention import Convention, Layout, find_convention
-from theria.curvature.derivatives import (
-    FORWARD,
-    FORWARD_OVER_REVERSE,
-    HVP,
-    JVP,
-    OUTPUTS,
-    VJP,
-    VJP_GRAPH,
-    Failure,
-)
+from theria.curvature.derivatives import OUTPUTS, Failure
 from theria.curvature.learning import DepthProbe, MetaTask, probe_learning
 from theria.curvature.probes import DerivativeProbe, probe_derivatives
 from theria.curvature.verdicts import SURVIVING, TOLERANCES, Status, Verdict
-
-WAYS = {
-    "forward": (FORWARD,),
-    "vjp": (VJP, VJP_GRAPH),
-    "jvp": (JVP,),
-    "hvp": (HVP,),
-    "forward_over_reverse": (FORWARD_OVER_REVERSE,),
-}
-"""Name of an error in reports -> the ways it was measured."""
 
 _WRONG = {
     Verdict.WRONG_FORWARD: ("forward",),
@@ -108,9 +90,9 @@ class AuditReport:
             and all(share >= SURVIVING for share in self.surviving.values())
         )
 
-    def worst(self, error: str) -> Deviation | None:
-        """The worst deviation over the cases of an error in `WAYS`; None if it was never measured."""
-        found = [d for case in self.cases if (d := case.worst(*WAYS[error])) is not None]
+    def worst(self, kind: str) -> Deviation | None:
+        """The worst deviation over the cases of a kind of quantity; None if it was never measured."""
+        found = [d for case in self.cases if (d := case.worst(kind)) is not None]
         return max(found, key=lambda deviation: deviation.of_allowed, default=None)
 
 
@@ -235,24 +217,28 @@ def _findings(
         kept = surviving_shares(cases)
         shares = ", ".join(f"{name} keeps {kept[name]:.1%}" if name in kept else name for name in gone)
         yield Finding(Verdict.SILENT_COLLAPSE, f"second order runs, but its curvature is gone: {shares}")
-    for verdict, errors in _WRONG.items():
-        for error in errors:
-            yield from _beyond_tolerance(verdict, error, cases)
+    for verdict, kinds in _WRONG.items():
+        for kind in kinds:
+            yield from _beyond_tolerance(verdict, kind, cases)
         yield from _wrong_meta_gradient(verdict, depths, dtype)
 
 
-def _beyond_tolerance(verdict: Verdict, error: str, cases: Sequence[DerivativeProbe]) -> Iterator[Finding]:
+def _beyond_tolerance(verdict: Verdict, kind: str, cases: Sequence[DerivativeProbe]) -> Iterator[Finding]:
     """The case in which an error exceeds what is allowed the most."""
-    found = [(d, case.case) for case in cases if (d := case.worst(*WAYS[error])) is not None]
+    found = [(deviation, case) for case in cases if (deviation := case.worst(kind)) is not None]
     if not found:
         return
     worst, case = max(found, key=lambda pair: pair[0].of_allowed)
-    if not worst.of_allowed <= 1:
-        yield Finding(
-            verdict,
-            f"{error.replace('_', ' ')} off by {worst.relative:.2g}, {worst.of_allowed:.2g} times what is"
-            f" allowed ({case})",
-        )
+    if worst.of_allowed <= 1:
+        return
+    if case.failure is not None and case.failure.order == 0:
+        yield Finding(verdict, f"{case.failure.error} ({case.case})")
+        return
+    yield Finding(
+        verdict,
+        f"{kind.replace('_', ' ')} off by {worst.relative:.2g}, {worst.of_allowed:.2g} times what is allowed"
+        f" ({case.case})",
+    )
 
 
 def _wrong_meta_gradient(

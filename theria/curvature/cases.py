@@ -52,7 +52,7 @@ class Case:
 # softmax, lengths of more than one tile, one of them whole tiles.
 _CASES = (
     Case(2, 3, 17, 17, 16),
-    Case(2, 3, 17, 17, 16, causal=True),
+    Case(2, 3, 17, 17, 24, causal=True),
     Case(1, 2, 1, 33, 64),
     Case(1, 2, 13, 40, 32, strided=True),
     Case(1, 2, 13, 40, 32, causal=True),

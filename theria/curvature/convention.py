@@ -192,7 +192,7 @@ def _answer(attention: Attention, inputs: tuple[Tensor, ...], *, causal: bool) -
     """The output, or None where the callable raises: it is someone else's and may raise anything."""
     try:
         with torch.no_grad():
-            return attention(*inputs, is_causal=causal)
+            return attention(*(t.clone() for t in inputs), is_causal=causal)
     except Exception:
         return None
 

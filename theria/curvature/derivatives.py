@@ -1,7 +1,8 @@
 """Every first and second derivative of one attention call, by every way autograd has to take it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,31 @@ INPUTS = ("query", "key", "value")
 OUTPUTS = (*INPUTS, "cotangent")
 """What a Hessian-vector product has cotangents of: the inputs, and the output's own cotangent."""
 
-FORWARD = "forward"
-VJP, VJP_GRAPH, HVP = "vjp", "vjp with graph", "hvp"
-JVP, FORWARD_OVER_REVERSE = "jvp", "forward over reverse"
+FORWARD, JVP, FORWARD_OVER_REVERSE = "forward", "jvp", "forward over reverse"
+VJP, VJP_GRAPH, VJP_ALONE = "vjp", "vjp with a graph", "vjp of one input alone"
+HVP, HVP_CONSTANT, HVP_ALONE = "hvp", "hvp at a constant cotangent", "hvp of one input alone"
+
+KINDS = {
+    "forward": (FORWARD,),
+    "vjp": (VJP, VJP_GRAPH, VJP_ALONE),
+    "jvp": (JVP,),
+    "hvp": (HVP, HVP_CONSTANT, HVP_ALONE),
+    "forward_over_reverse": (FORWARD_OVER_REVERSE,),
+}
+"""Kind of quantity -> the ways in which it is taken."""
+
+KIND_OF = {way: kind for kind, ways in KINDS.items() for way in ways}
+
+
+class Quantity(NamedTuple):
+    """One tensor of a probe: how it was taken, what it belongs to, and the input that the direction is in."""
+
+    way: str
+    of: str
+    along: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.way}, {self.of}" + (f" along {self.along}" if self.along else "")
 
 
 @dataclass(frozen=True)
@@ -39,37 +62,33 @@ class Outcome:
     """What an implementation answered in one case.
 
     Attributes:
-        values: quantity -> its values in float64. A quantity is named by the way it was taken and by the
-            input it belongs to: "vjp/query"; and by the direction's input, "hvp along key/query". An output
-            of the wrong shape is NaN.
-        failure: the first error on the way to the second derivative in reverse mode, which the probe does
-            not go beyond.
+        values: every quantity in float64. The output of a call that broke the rules (wrong shape, inputs
+            changed) is NaN.
+        failure: the first error on the way to the second derivative in reverse mode, beyond which the probe
+            does not go.
         unsupported: forward modes that raise -> the error. Raising there is an absence, not a fault.
     """
 
-    values: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[Quantity, Tensor] = field(default_factory=dict)
     failure: Failure | None = None
     unsupported: dict[str, str] = field(default_factory=dict)
 
-    def keep(self, way: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    def keep(self, way: str, names: Sequence[str], tensors: Sequence[Tensor], along: str = "") -> None:
         """Add quantities."""
         for name, tensor in zip(names, tensors, strict=True):
-            self.values[f"{way}/{name}"] = tensor.detach().double()
+            self.values[Quantity(way, name, along)] = tensor.detach().double()
 
 
 def evaluate(attention: Attention, sample: Sample, *, causal: bool) -> Outcome:
     """Call an implementation and differentiate it, stopping at the first order that raises.
 
-    The forward; the vjp, without a graph and with ``create_graph``; the Hessian-vector product in reverse
-    over reverse mode along the sample's direction and along its part in each input alone; the jvp along each
-    input; the Hessian-vector product in forward over reverse mode. Each way calls the implementation anew.
-
-    What is differentiated twice is <g(x), u> + 0 x: the inner step x - lr g(x) of meta-learning always keeps
-    an edge to x, so gradients that come back without a graph are zero curvature there, not an error.
+    Taken are the forward; the vjp, without and with ``create_graph``; Hessian-vector products in reverse over
+    reverse mode along the sample's direction in each input, with the output's cotangent as a fourth variable
+    and as a constant; both again with one input requiring grad alone; the jvp along each input; and the
+    Hessian-vector product in forward over reverse mode. Each way calls the implementation anew.
     """
     outcome = Outcome()
-    steps = (_forward, _vjp, _hvp_along_all, _hvp_along_each)
-    for order, step in zip((0, 1, 2, 2), steps, strict=True):
+    for order, step in ((0, _forward), (1, _first), (2, _second), (2, _alone)):
         try:
             step(attention, sample, causal, outcome)
         except Exception as error:  # the implementation is someone else's and may raise anything
@@ -78,53 +97,18 @@ def evaluate(attention: Attention, sample: Sample, *, causal: bool) -> Outcome:
     for way, probe in ((JVP, _jvp), (FORWARD_OVER_REVERSE, _forward_over_reverse)):
         try:
             probe(attention, sample, causal, outcome)
-        except Exception as error:
+        except Exception as error:  # likewise
             outcome.unsupported[way] = one_line(error)
     return outcome
-
-
-def _leaves(sample: Sample) -> tuple[Tensor, ...]:
-    """query, key, value and cotangent as fresh leaves, in their own strides."""
-    return tuple(t.detach().requires_grad_() for t in (*sample.inputs, sample.cotangent))
-
-
-def _called(attention: Attention, inputs: Sequence[Tensor], causal: bool) -> Tensor:
-    query, key, value = inputs
-    return attention(query, key, value, is_causal=causal)
-
-
-def _forward(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
-    *inputs, cotangent = _leaves(sample)
-    out = _called(attention, inputs, causal)
-    if out.shape != cotangent.shape:
-        outcome.keep(FORWARD, ("out",), (torch.full_like(cotangent, torch.nan),))
-        raise ValueError(f"the output has shape {tuple(out.shape)} instead of {tuple(cotangent.shape)}")
-    outcome.keep(FORWARD, ("out",), (out,))
-
-
-def _vjp(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
-    *inputs, _ = _leaves(sample)
-    out = _called(attention, inputs, causal)
-    gradients = torch.autograd.grad(out, inputs, sample.cotangent.to(out.dtype), allow_unused=False)
-    outcome.keep(VJP, INPUTS, gradients)
-
-
-def _inner_products(
-    attention: Attention, sample: Sample, causal: bool
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Callable[[int], Tensor]]:
-    """Leaves, gradients with their graph, and <gradient, direction> of one input."""
-    leaves = _leaves(sample)
-    out = _called(attention, leaves[:3], causal)
-    gradients = torch.autograd.grad(
-        out, leaves[:3], leaves[3].to(out.dtype), create_graph=True, allow_unused=False
-    )
-    return leaves, gradients, lambda i: (gradients[i] * sample.directions[i]).sum()
 
 
 def differentiate_again(
     scalar: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradient of ``scalar + 0 sum(leaves)`` by the leaves, raising whatever ``backward()`` would raise.
+
+    The added edges are those of meta-learning: an inner step x - lr g(x) depends on x whatever g does, so a
+    gradient that comes back without a graph is zero curvature there, not an error.
 
     ``torch.autograd.grad`` does not enter the parts of a graph that lead to none of its inputs. The node with
     which ``@once_differentiable`` refuses a second derivative leads to none: asked for the gradient by given
@@ -151,24 +135,67 @@ def _reached(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def _hvp_along_all(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
-    leaves, gradients, product = _inner_products(attention, sample, causal)
-    outcome.keep(VJP_GRAPH, INPUTS, gradients)
-    total = product(0) + product(1) + product(2)
-    outcome.keep(HVP, OUTPUTS, differentiate_again(total, leaves))
+def _copies(sample: Sample, differentiable: Sequence[int] = (0, 1, 2)) -> list[Tensor]:
+    """query, key and value in memory of their own, laid out as theirs, some of them requiring grad."""
+    return [t.detach().clone().requires_grad_(i in differentiable) for i, t in enumerate(sample.inputs)]
 
 
-def _hvp_along_each(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
-    leaves, _, product = _inner_products(attention, sample, causal)
+def _called(attention: Attention, inputs: Sequence[Tensor], causal: bool) -> Tensor:
+    query, key, value = inputs
+    return attention(query, key, value, is_causal=causal)
+
+
+def _forward(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
+    inputs = _copies(sample)
+    out = _called(attention, inputs, causal)
+    shape = sample.cotangent.shape
+    changed = [n for n, x, y in zip(INPUTS, inputs, sample.inputs, strict=True) if not torch.equal(x, y)]
+    if out.shape == shape and not changed:
+        outcome.keep(FORWARD, ("out",), (out,))
+        return
+    outcome.keep(FORWARD, ("out",), (torch.full_like(sample.cotangent, torch.nan),))
+    if changed:
+        raise ValueError(f"the call writes into its input {', '.join(changed)}")
+    raise ValueError(f"the output has shape {tuple(out.shape)} instead of {tuple(shape)}")
+
+
+def _first(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
+    inputs = _copies(sample)
+    out = _called(attention, inputs, causal)
+    gradients = torch.autograd.grad(out, inputs, sample.cotangent.to(out.dtype), allow_unused=False)
+    outcome.keep(VJP, INPUTS, gradients)
+
+
+def _second(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
+    for way in (HVP, HVP_CONSTANT):
+        inputs = _copies(sample)
+        cotangent = sample.cotangent.detach().requires_grad_(way == HVP)
+        out = _called(attention, inputs, causal)
+        gradients = torch.autograd.grad(
+            out, inputs, cotangent.to(out.dtype), create_graph=True, allow_unused=False
+        )
+        outcome.keep(VJP_GRAPH, INPUTS, gradients)
+        variables, names = ((*inputs, cotangent), OUTPUTS) if way == HVP else (tuple(inputs), INPUTS)
+        for name, gradient, direction in zip(INPUTS, gradients, sample.directions, strict=True):
+            curved = differentiate_again((gradient * direction).sum(), variables, retain_graph=True)
+            outcome.keep(way, names, curved, along=name)
+
+
+def _alone(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
     for i, name in enumerate(INPUTS):
-        curved = differentiate_again(product(i), leaves, retain_graph=True)
-        outcome.keep(f"{HVP} along {name}", OUTPUTS, curved)
+        inputs = _copies(sample, differentiable=(i,))
+        out = _called(attention, inputs, causal)
+        cotangent = sample.cotangent.to(out.dtype)
+        (gradient,) = torch.autograd.grad(out, inputs[i], cotangent, create_graph=True, allow_unused=False)
+        outcome.keep(VJP_ALONE, (name,), (gradient,))
+        curved = differentiate_again((gradient * sample.directions[i]).sum(), (inputs[i],))
+        outcome.keep(HVP_ALONE, (name,), curved, along=name)
 
 
 def _duals(sample: Sample, moved: Sequence[int], *, differentiable: bool) -> Iterator[Tensor]:
-    for i, (primal, direction) in enumerate(zip(sample.inputs, sample.directions, strict=True)):
-        leaf = primal.detach().requires_grad_(differentiable)
-        yield forward_ad.make_dual(leaf, direction) if i in moved else leaf
+    copies = _copies(sample, differentiable=(0, 1, 2) if differentiable else ())
+    for i, (primal, direction) in enumerate(zip(copies, sample.directions, strict=True)):
+        yield forward_ad.make_dual(primal, direction) if i in moved else primal
 
 
 def _tangent(tensor: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from theria.curvature.accuracy import Deviation, compare, share
 from theria.curvature.cases import Case, draw
 from theria.curvature.convention import Attention, Convention
-from theria.curvature.derivatives import OUTPUTS, Failure, differentiate_again, evaluate
+from theria.curvature.derivatives import (
+    KIND_OF,
+    OUTPUTS,
+    Failure,
+    Quantity,
+    differentiate_again,
+    evaluate,
+)
 from theria.curvature.verdicts import PRESENT
 from theria.maml import TaskModel
 from theria.maml.task_model import Batch
@@ -27,16 +34,16 @@ class DerivativeProbe:
 
     Attributes:
         case: the call.
-        deviations: quantity -> its error, named as in `theria.curvature.derivatives.Outcome.values`.
-        shares: (direction, input) -> <H u, H_ref u> / |H_ref u|^2, with u along one of query, key and value;
-            the output's cotangent is the fourth input of a gradient.
+        deviations: quantity -> its error.
+        shares: Hessian-vector product -> <H u, H_ref u> / |H_ref u|^2, with u in one of query, key and value,
+            where the reference is well above rounding. The output's cotangent is a gradient's fourth input.
         failure: the first error on the way to the second derivative.
         unsupported: forward modes that the implementation does not offer -> the error.
     """
 
     case: Case
-    deviations: dict[str, Deviation] = field(default_factory=dict)
-    shares: dict[tuple[str, str], float] = field(default_factory=dict)
+    deviations: dict[Quantity, Deviation] = field(default_factory=dict)
+    shares: dict[Quantity, float] = field(default_factory=dict)
     failure: Failure | None = None
     unsupported: dict[str, str] = field(default_factory=dict)
 
@@ -47,17 +54,20 @@ class DerivativeProbe:
 
     @property
     def surviving(self) -> dict[str, float]:
-        """Input -> the share of its curvature that is there, the mean over the directions.
+        """Input -> the share of its curvature that is there: mean over directions, least over the ways.
 
         Each direction counts alike, so that an input is not held responsible for what is missing of its
         product with another one, however large that product is in this case.
         """
-        found = {name: [s for (_, which), s in self.shares.items() if which == name] for name in OUTPUTS}
-        return {name: statistics.fmean(shares) for name, shares in found.items() if shares}
+        found: dict[str, list[float]] = {}
+        for way, name in dict.fromkeys((quantity.way, quantity.of) for quantity in self.shares):
+            shares = [share for q, share in self.shares.items() if (q.way, q.of) == (way, name)]
+            found.setdefault(name, []).append(statistics.fmean(shares))
+        return {name: min(found[name]) for name in OUTPUTS if name in found}
 
-    def worst(self, *ways: str) -> Deviation | None:
-        """The deviation furthest beyond what is allowed, of the quantities taken in one of these ways."""
-        found = [d for name, d in self.deviations.items() if name.split("/")[0].split(" along ")[0] in ways]
+    def worst(self, kind: str) -> Deviation | None:
+        """The deviation furthest beyond what is allowed, among the quantities of a kind (see `KINDS`)."""
+        found = [deviation for q, deviation in self.deviations.items() if KIND_OF[q.way] == kind]
         return max(found, key=lambda deviation: deviation.of_allowed, default=None)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from theria.curvature.audit import WAYS, AuditReport
-from theria.curvature.derivatives import HVP, INPUTS, JVP, OUTPUTS
+from theria.curvature.audit import AuditReport
+from theria.curvature.derivatives import INPUTS, KIND_OF, KINDS, OUTPUTS
 from theria.curvature.learning import PATHS, DepthProbe, StepProbe
 from theria.curvature.probes import SecondOrderPath
 
@@ -50,8 +50,8 @@ def as_dict(report: AuditReport) -> dict[str, Any]:
             "case": str(probe.case),
             "failure": probe.failure,
             "unsupported": probe.unsupported,
-            "deviations": {name: asdict(deviation) for name, deviation in probe.deviations.items()},
-            "shares": {f"{which} along {along}": share for (along, which), share in probe.shares.items()},
+            "deviations": {str(q): asdict(deviation) for q, deviation in probe.deviations.items()},
+            "shares": {str(q): share for q, share in probe.shares.items()},
             "surviving": probe.surviving,
         }
         for probe in report.cases
@@ -101,7 +101,7 @@ def summary(report: AuditReport) -> list[str]:
         report.name if report.wrapper == "baseline" else f"{report.wrapper} / {report.name}",
         _dtype(report),
         report.verdict.value,
-        *(_error(report, error) for error in ("forward", "vjp", "jvp", "hvp")),
+        *(_error(report, kind) for kind in ("forward", "vjp", "jvp", "hvp")),
         " / ".join(_ratio(kept.get(name, math.nan)) for name in INPUTS) if kept else "",
         " / ".join(paths) if any(paths) else "",
         ", ".join(differences),
@@ -150,10 +150,10 @@ def _detail(report: AuditReport) -> Table:
     for column in ("diagnostic", "found", "sound"):
         found.add_column(column, overflow="fold")
     found.add_row("status", report.status.value, "OK")
-    for error in WAYS:
-        worst = report.worst(error)
+    for kind in KINDS:
+        worst = report.worst(kind)
         text = "not measured" if worst is None else f"{worst.relative:.1e}, {worst.of_allowed:.2g} x allowed"
-        found.add_row(f"{error.replace('_', ' ')} error", text, "at most 1 x allowed")
+        found.add_row(f"{kind.replace('_', ' ')} error", text, "at most 1 x allowed")
     for name in OUTPUTS:
         kept = report.surviving.get(name)
         found.add_row(f"curvature kept, {name}", "not measured" if kept is None else f"{kept:.1%}", "100%")
@@ -200,13 +200,13 @@ def _row(report: AuditReport, depth: DepthProbe | None) -> Row:
     row["error"] = failure.error if failure else refusal or None
     row["inner_steps"] = depth.inner_steps if depth else None
     row["steps"] = len(depth.probes) if depth else None
-    for error in WAYS:
-        worst = report.worst(error)
-        row[f"{error}_rel_error"] = None if worst is None else worst.relative
-        row[f"{error}_of_allowed"] = None if worst is None else worst.of_allowed
-    for way, names in ((JVP, INPUTS), (HVP, OUTPUTS)):
+    for kind in KINDS:
+        worst = report.worst(kind)
+        row[f"{kind}_rel_error"] = None if worst is None else worst.relative
+        row[f"{kind}_of_allowed"] = None if worst is None else worst.of_allowed
+    for kind, names in (("jvp", INPUTS), ("hvp", OUTPUTS)):
         for name in names:
-            row[f"{way}_rel_error_{name}"] = _largest(report, f"{way}/{name}")
+            row[f"{kind}_rel_error_{name}"] = _largest(report, kind, name)
     for name in OUTPUTS:
         row[f"surviving_{name}"] = report.surviving.get(name)
     row["verdict"] = report.verdict.value
@@ -245,8 +245,14 @@ def _surviving(module: str) -> Callable[[StepProbe], float]:
     return lambda probe: probe.paths["attn"].surviving[module]
 
 
-def _largest(report: AuditReport, name: str) -> float | None:
-    found = [probe.deviations[name].relative for probe in report.cases if name in probe.deviations]
+def _largest(report: AuditReport, kind: str, name: str) -> float | None:
+    """The largest error of a kind of quantity that belongs to one input."""
+    found = [
+        deviation.relative
+        for probe in report.cases
+        for quantity, deviation in probe.deviations.items()
+        if KIND_OF[quantity.way] == kind and quantity.of == name
+    ]
     return max(found, default=None)
 
 
@@ -254,8 +260,8 @@ def _measured(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _error(report: AuditReport, error: str) -> str:
-    worst = report.worst(error)
+def _error(report: AuditReport, kind: str) -> str:
+    worst = report.worst(kind)
     return "" if worst is None else f"{worst.of_allowed:.2g}"
 
 

@@ -197,11 +197,20 @@ def surviving_shares(cases: Sequence[DerivativeProbe]) -> dict[str, float]:
 def collapsed_inputs(cases: Sequence[DerivativeProbe], depths: Sequence[DepthProbe]) -> tuple[str, ...]:
     """Inputs below a tenth of their curvature in some case, or whose projection is so in the classifier."""
     gone = {name for name, share in surviving_shares(cases).items() if share < SURVIVING}
-    for depth in depths:
-        for module, name in _PROJECTIONS.items():
-            if any(probe.paths["attn"].surviving[module] < SURVIVING for probe in depth.probes):
-                gone.add(name)
+    gone |= {
+        _PROJECTIONS[module] for module, share in _surviving_projections(depths).items() if share < SURVIVING
+    }
     return tuple(name for name in OUTPUTS if name in gone)
+
+
+def _surviving_projections(depths: Sequence[DepthProbe]) -> dict[str, float]:
+    """Projection of the classifier -> the least share of its curvature over all steps."""
+    probes = [probe for depth in depths for probe in depth.probes]
+    return {
+        module: min(probe.paths["attn"].surviving[module] for probe in probes)
+        for module in _PROJECTIONS
+        if probes
+    }
 
 
 def _findings(
@@ -212,11 +221,10 @@ def _findings(
     if failure is not None:
         verdict = Verdict.FIRST_ORDER_ONLY if failure.order == 2 else Verdict.HARD_FAIL
         yield Finding(verdict, failure.error)
-    gone = collapsed_inputs(cases, depths)
+    kept = {**surviving_shares(cases), **_surviving_projections(depths)}
+    gone = [f"{name} keeps {share:.1%}" for name, share in kept.items() if share < SURVIVING]
     if gone:
-        kept = surviving_shares(cases)
-        shares = ", ".join(f"{name} keeps {kept[name]:.1%}" if name in kept else name for name in gone)
-        yield Finding(Verdict.SILENT_COLLAPSE, f"second order runs, but its curvature is gone: {shares}")
+        yield Finding(Verdict.SILENT_COLLAPSE, f"second order runs without its curvature: {', '.join(gone)}")
     for verdict, kinds in _WRONG.items():
         for kind in kinds:
             yield from _beyond_tolerance(verdict, kind, cases)

@@ -115,8 +115,8 @@ def probe_learning(
     """Meta-train the sequence classifier over a callable for a few steps, with the reference beside it.
 
     At every outer step: FO, then FULL meta-gradient, then the second-order paths, each also through the
-    explicit softmax in float64 at the same parameters and tasks; then one step of Adam with the callable's
-    FULL meta-gradient. The first error ends it. Random numbers come from ``seed`` alone, and the registry of
+    explicit softmax in float64 at the same parameters and tasks; then one step of Adam with the reference's
+    FULL meta-gradient, so that every implementation is measured along one path. The first error ends it. Random numbers come from ``seed`` alone, and the registry of
     attention backends and the global generator are left as they were.
 
     Args:
@@ -136,28 +136,26 @@ def probe_learning(
     backend, expanded = form
     adam = torch.optim.Adam(master.parameters(), lr=task.outer_lr)
     probes: list[StepProbe] = []
-    failure = None
     with registered_backend(_BACKEND, backend, replace=True):
         for step in range(steps):
             ids = torch.arange(task.tasks * step, task.tasks * (step + 1), device=device)
             batch = sample_tasks(task.spec, ids, seed=seed, epoch=0, stream="train", dtype=dtype)
             model = _over(master, _BACKEND, dtype)
-            probe, full, failure = _step(
-                model, batch[:2], batch[2:4], inner_steps, task.inner_lr, seed + step
-            )
-            if probe is None:
-                break
+            found = _step(model, batch[:2], batch[2:4], inner_steps, task.inner_lr, seed + step)
+            if isinstance(found, Failure):
+                return DepthProbe(inner_steps, steps, tuple(probes), found, expanded)
+            probe, reference_gradient = found
             probes.append(probe)
             for name, parameter in master.named_parameters():
-                parameter.grad = full[name].float()
+                parameter.grad = reference_gradient[name].float()
             adam.step()
-    return DepthProbe(inner_steps, steps, tuple(probes), failure, expanded)
+    return DepthProbe(inner_steps, steps, tuple(probes), expanded=expanded)
 
 
 def _step(
     model: SeqClassifier, support: Batch, query: Batch, inner_steps: int, inner_lr: float, seed: int
-) -> tuple[StepProbe | None, dict[str, Tensor], Failure | None]:
-    """One step's probe and FULL meta-gradient, or what raised."""
+) -> tuple[StepProbe, dict[str, Tensor]] | Failure:
+    """One step's probe and the reference's FULL meta-gradient, or what raised."""
 
     def gradient(of: SeqClassifier, mode: MetaMode) -> dict[str, Tensor]:
         sets = [(x.to(of.head.weight.dtype), y) for x, y in (support, query)]
@@ -176,7 +174,7 @@ def _step(
             for suffix, modules in PATHS.items()
         }
     except Exception as error:  # the implementation is someone else's and may raise anything
-        return None, {}, Failure.of(error, order)
+        return Failure.of(error, order)
     expected_first, expected_full = gradient(reference, MetaMode.FO), gradient(reference, MetaMode.FULL)
     probe = StepProbe(
         rel_diff=relative_difference(first, full),
@@ -185,7 +183,7 @@ def _step(
         first_order_error=relative_difference(first, expected_first),
         paths=paths,
     )
-    return probe, full, None
+    return probe, expected_full
 
 
 def _form(

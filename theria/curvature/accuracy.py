@@ -3,17 +3,23 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from theria.attention import scaled_dot_product_attention
-from theria.attention.call import CausalAlignment, diagonal_offset
-from theria.attention.masks import visible_keys
+from theria.attention.call import CausalAlignment
 from theria.curvature.cases import Sample
-from theria.curvature.derivatives import FORWARD, HVP, HVP_CONSTANT, KIND_OF, Quantity, evaluate
+from theria.curvature.derivatives import (
+    FORWARD,
+    HVP,
+    HVP_CONSTANT,
+    KIND_OF,
+    ORDER_OF,
+    Quantity,
+    evaluate,
+)
 from theria.curvature.verdicts import TOLERANCES
+from theria.curvature.yardsticks import exact, rounded
 
 _OUTPUT_FACTOR, _DERIVATIVE_FACTOR = 2.0, 3.0
 _SMALL_PART = 0.01
@@ -39,11 +45,12 @@ def compare(
     r"""Errors of an implementation's quantities, and the shares of its curvature that are there.
 
     The reference is the explicit softmax in float64 on the same numbers. An error is the largest over the
-    elements, relative to the largest element of the reference, or to 1% of the largest of its kind where that
-    is more. Allowed is the dtype's tolerance for float32 and float64; for half precision, twice (outputs) or
-    three times (derivatives) the error of the explicit softmax in that dtype, which is flash-attention's
-    rule, or one unit of rounding of the largest of its kind. A share is <H u, H_ref u> / |H_ref u|^2 in one
-    input, with u along one; it is given where the reference is ten times above what an error may be.
+    elements, relative to the largest element of the reference, or to 1% of the largest of its order where
+    that is more. Allowed is the dtype's tolerance for float32 and float64. For half precision it is
+    flash-attention's rule, twice (outputs) or three times (derivatives) the error of sound computations
+    rounded to that dtype (see `rounded`), or one unit of rounding of the largest of its order. A share is
+    <H u, H_ref u> / |H_ref u|^2 in one input, with u along one; it is given where the reference is ten times
+    above what an error may be.
 
     Args:
         found: quantities of the implementation.
@@ -54,32 +61,30 @@ def compare(
     Returns:
         quantity -> its deviation, and Hessian-vector product -> share.
     """
-    expected = evaluate(partial(_exact, alignment=alignment), sample.double(), causal=causal).values
-    rounded = [
-        evaluate(partial(_rounded, alignment=alignment, split=split), sample, causal=causal).values
-        for split in (() if dtype in TOLERANCES else (False, True))
-    ]
-    largest: dict[str, float] = {}
+    expected = evaluate(exact(alignment), sample.double(), causal=causal).values
+    ways = () if dtype in TOLERANCES else rounded(alignment)
+    yardsticks = [evaluate(way, sample, causal=causal).values for way in ways]
+    largest: dict[int, float] = {}
     for quantity, value in expected.items():
-        kind = KIND_OF[quantity.way]
-        largest[kind] = max(largest.get(kind, 0.0), _largest(value))
+        order = _order(quantity)
+        largest[order] = max(largest.get(order, 0.0), _largest(value))
 
     deviations: dict[Quantity, Deviation] = {}
     shares: dict[Quantity, float] = {}
     for quantity, value in found.items():
-        kind, exact = KIND_OF[quantity.way], expected[quantity]
-        scale = max(_largest(exact), _SMALL_PART * largest[kind])
+        right, of_order = expected[quantity], largest[_order(quantity)]
+        scale = max(_largest(right), _SMALL_PART * of_order)
         if dtype in TOLERANCES:
             allowed = TOLERANCES[dtype] * scale
         else:
             factor = _OUTPUT_FACTOR if quantity.way == FORWARD else _DERIVATIVE_FACTOR
-            rounding = max(_largest(other[quantity] - exact) for other in rounded)
-            allowed = max(factor * rounding, torch.finfo(dtype).eps * largest[kind])
-        error = _largest(value - exact)
+            rounding = max(_largest(other[quantity] - right) for other in yardsticks)
+            allowed = max(factor * rounding, torch.finfo(dtype).eps * of_order)
+        error = _largest(value - right)
         deviations[quantity] = Deviation(_ratio(error, scale), _ratio(error, allowed))
         # of one input alone there is one block of its curvature, which is not what it keeps of the whole
-        if quantity.way in (HVP, HVP_CONSTANT) and _largest(exact) > _CLEARLY * allowed:
-            shares[quantity] = share(value, exact)
+        if quantity.way in (HVP, HVP_CONSTANT) and _largest(right) > _CLEARLY * allowed:
+            shares[quantity] = share(value, right)
     return deviations, shares
 
 
@@ -88,39 +93,8 @@ def share(found: Tensor, expected: Tensor) -> float:
     return ((found * expected).sum() / expected.square().sum()).item()
 
 
-def _exact(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, alignment: CausalAlignment
-) -> Tensor:
-    return scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, causal_alignment=alignment, backend="reference"
-    )
-
-
-def _rounded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    is_causal: bool = False,
-    alignment: CausalAlignment,
-    split: bool,
-) -> Tensor:
-    """The textbook formula, every operation rounded to the inputs' dtype.
-
-    The scale is applied to the scores, or half of it to either factor: two ways to round the same thing, so
-    that the yardstick does not hang on one happening to round well.
-    """
-    scale = query.shape[-1] ** -0.5
-    factor = math.sqrt(scale)
-    scores = (factor * query) @ (factor * key).mT if split else query @ key.mT * scale
-    if is_causal:
-        queries, keys = scores.shape[-2:]
-        offset = diagonal_offset(queries, keys, alignment)
-        visible = visible_keys(queries, keys, window=None, offset=offset, device=query.device)
-        dead = ~visible.any(-1, keepdim=True)
-        scores = scores.masked_fill(~(visible | dead), -math.inf)
-        return scores.softmax(-1).masked_fill(dead, 0) @ value
-    return scores.softmax(-1) @ value
+def _order(quantity: Quantity) -> int:
+    return ORDER_OF[KIND_OF[quantity.way]]
 
 
 def _largest(values: Tensor) -> float:

@@ -1,6 +1,5 @@
 """The calls that an implementation is probed with."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +56,8 @@ _CASES = (
     Case(1, 2, 13, 40, 32, strided=True),
     Case(1, 2, 13, 40, 32, causal=True),
     Case(1, 2, 40, 13, 32),
-    Case(1, 2, 33, 33, 64, magnitude=3),
-    Case(1, 2, 33, 33, 64, causal=True, magnitude=3, strided=True),
+    Case(1, 2, 33, 33, 64, magnitude=3.0),
+    Case(1, 2, 33, 33, 64, causal=True, magnitude=3.0, strided=True),
     Case(2, 2, 24, 24, 16, magnitude=0.1),
     Case(2, 2, 24, 24, 16, causal=True, uniform_cotangent=True),
     Case(1, 1, 128, 128, 64),
@@ -71,7 +70,7 @@ SMALL_CASES = (
     Case(1, 2, 9, 9, 16, causal=True),
     Case(1, 1, 1, 12, 16),
     Case(1, 1, 5, 12, 16, causal=True, strided=True),
-    Case(1, 1, 9, 9, 16, magnitude=3),
+    Case(1, 1, 9, 9, 16, magnitude=3.0),
     Case(1, 1, 70, 70, 16, causal=True, uniform_cotangent=True),
 )
 """For implementations that take milliseconds a tile, as kernels do under Triton's interpreter."""
@@ -110,16 +109,14 @@ def draw(case: Case, *, layout: Layout, device: torch.device | str, dtype: torch
     """
     generator = torch.Generator().manual_seed(seed)
     heads_last = (layout == "heads_last") != case.strided
-
-    def normal(length: int, deviation: float = 1.0) -> Tensor:
+    lengths = (case.queries, case.keys, case.keys, case.queries, case.queries, case.keys, case.keys)
+    deviations = (case.magnitude, case.magnitude, 1, 1, 1, 1, 1)
+    tensors = []
+    for length, deviation in zip(lengths, deviations, strict=True):
         values = deviation * torch.randn(case.batch, case.heads, length, case.dim, generator=generator)
         values = values.to(device=device, dtype=dtype)
-        return values.transpose(1, 2).contiguous().transpose(1, 2) if heads_last else values
-
-    lengths: Sequence[int] = (case.queries, case.keys, case.keys)
-    query, key = normal(case.queries, case.magnitude), normal(case.keys, case.magnitude)
-    value, cotangent = normal(case.keys), normal(case.queries)
+        tensors.append(values.transpose(1, 2).contiguous().transpose(1, 2) if heads_last else values)
+    query, key, value, cotangent, a, b, c = tensors
     if case.uniform_cotangent:
         cotangent = torch.ones((), dtype=dtype, device=device).expand(cotangent.shape)
-    a, b, c = (normal(length) for length in lengths)
     return Sample(query, key, value, cotangent, (a, b, c))

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class ConventionError(ValueError):
     """It cannot be told how the callable wants to be called."""
 
 
+@runtime_checkable
 class Attention(Protocol):
     """Softmax attention at scale 1 / sqrt(dim), (batch, heads, length, dim) throughout."""
 

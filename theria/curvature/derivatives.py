@@ -17,12 +17,13 @@ OUTPUTS = (*INPUTS, "cotangent")
 """What a Hessian-vector product has cotangents of: the inputs, and the output's own cotangent."""
 
 FORWARD, JVP, FORWARD_OVER_REVERSE = "forward", "jvp", "forward over reverse"
-VJP, VJP_GRAPH, VJP_ALONE = "vjp", "vjp with a graph", "vjp of one input alone"
+VJP, VJP_ALONE = "vjp", "vjp of one input alone"
+VJP_GRAPH, VJP_CONSTANT = "vjp with a graph", "vjp with a graph at a constant cotangent"
 HVP, HVP_CONSTANT, HVP_ALONE = "hvp", "hvp at a constant cotangent", "hvp of one input alone"
 
 KINDS = {
     "forward": (FORWARD,),
-    "vjp": (VJP, VJP_GRAPH, VJP_ALONE),
+    "vjp": (VJP, VJP_GRAPH, VJP_CONSTANT, VJP_ALONE),
     "jvp": (JVP,),
     "hvp": (HVP, HVP_CONSTANT, HVP_ALONE),
     "forward_over_reverse": (FORWARD_OVER_REVERSE,),
@@ -30,6 +31,9 @@ KINDS = {
 """Kind of quantity -> the ways in which it is taken."""
 
 KIND_OF = {way: kind for kind, ways in KINDS.items() for way in ways}
+
+ORDER_OF = {"forward": 0, "vjp": 1, "jvp": 1, "hvp": 2, "forward_over_reverse": 2}
+"""Kind of quantity -> how often it is differentiated."""
 
 
 class Quantity(NamedTuple):
@@ -167,14 +171,14 @@ def _first(attention: Attention, sample: Sample, causal: bool, outcome: Outcome)
 
 
 def _second(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
-    for way in (HVP, HVP_CONSTANT):
+    for way, first in ((HVP, VJP_GRAPH), (HVP_CONSTANT, VJP_CONSTANT)):
         inputs = _copies(sample)
         cotangent = sample.cotangent.detach().requires_grad_(way == HVP)
         out = _called(attention, inputs, causal)
         gradients = torch.autograd.grad(
             out, inputs, cotangent.to(out.dtype), create_graph=True, allow_unused=False
         )
-        outcome.keep(VJP_GRAPH, INPUTS, gradients)
+        outcome.keep(first, INPUTS, gradients)
         variables, names = ((*inputs, cotangent), OUTPUTS) if way == HVP else (tuple(inputs), INPUTS)
         for name, gradient, direction in zip(INPUTS, gradients, sample.directions, strict=True):
             curved = differentiate_again((gradient * direction).sum(), variables, retain_graph=True)

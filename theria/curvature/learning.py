@@ -3,7 +3,7 @@
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,10 @@ from theria.maml.task_model import Batch
 from theria.models.seq_classifier import SeqClassifier
 from theria.tasks.synthetic_seqcls import SeqClsSpec, sample_tasks
 
-PATHS: dict[str, Sequence[str] | None] = {"": None, "attn": ("q_proj", "k_proj", "v_proj"), "head": ("head",)}
-"""Suffix of the column -> modules through which the second-order path leads; None for all."""
+_ATTENTION, _HEAD = ("q_proj", "k_proj", "v_proj"), ("head",)
+
+PATHS = {"": (*_ATTENTION, *_HEAD), "attn": _ATTENTION, "head": _HEAD}
+"""Suffix of the column -> modules through which the second-order path leads."""
 
 _BACKEND = "the attention under audit"
 
@@ -116,8 +118,9 @@ def probe_learning(
 
     At every outer step: FO, then FULL meta-gradient, then the second-order paths, each also through the
     explicit softmax in float64 at the same parameters and tasks; then one step of Adam with the reference's
-    FULL meta-gradient, so that every implementation is measured along one path. The first error ends it. Random numbers come from ``seed`` alone, and the registry of
-    attention backends and the global generator are left as they were.
+    FULL meta-gradient, so that every implementation is measured along one path. The first error ends it.
+    Random numbers come from ``seed`` alone, and the registry of attention backends and the global generator
+    are left as they were.
 
     Args:
         attention: in the convention of the probes, see `Convention.bind`; needs no vmap rule.

@@ -107,7 +107,8 @@ class SecondOrderPath:
 
     Attributes:
         magnitude: |H u| relative to the reference's.
-        surviving: module -> <H u, H_ref u> / |H_ref u|^2 over its parameters.
+        surviving: module -> <H u, H_ref u> / |H_ref u|^2 over its parameters, the mean over directions u in
+            each of the modules alone.
     """
 
     magnitude: float
@@ -124,31 +125,32 @@ def second_order_path(
     reference: nn.Module,
     support: Batch,
     *,
-    modules: Sequence[str] | None = None,
+    modules: Sequence[str],
     seed: int = 0,
 ) -> SecondOrderPath:
-    """How much of the second-order signal through some parameters of a model is there.
+    """How much of the second-order signal through some modules of a model is there.
 
-    The inner gradient by these parameters alone is differentiated by the same parameters, at the model's own
-    values, one copy a task.
+    The inner gradient by these modules' parameters is differentiated by the same parameters, at the model's
+    own values, one copy a task.
 
     Args:
         model: over the attention under test; maps x (batch, length, width) to logits.
         reference: the same model in float64 over the explicit softmax.
         support: x (tasks, batch, length, width), y (tasks, batch).
-        modules: names of modules; None for all parameters, the global path.
+        modules: names of the modules that hold the parameters.
         seed: of the direction.
 
     Raises:
         RuntimeError: what autograd raises where the attention cannot be differentiated twice.
     """
-    found = _hessian_vector_product(model, support, modules, seed)
-    expected = _hessian_vector_product(reference, _double(support), modules, seed)
-    surviving = {
-        module: share(_joined(found, module), _joined(expected, module))
-        for module in dict.fromkeys(name.rpartition(".")[0] for name in expected)
-    }
-    return SecondOrderPath((_norm(found) / _norm(expected)).item(), surviving)
+    found = _curvature(model, support, modules, seed)
+    expected = _curvature(reference, (support[0].double(), support[1]), modules, seed)
+    shares: dict[str, list[float]] = {module: [] for module in modules}
+    for along, of in expected:
+        if expected[along, of].any():
+            shares[of].append(share(found[along, of], expected[along, of]))
+    magnitude = _norm(_summed(found, modules)) / _norm(_summed(expected, modules))
+    return SecondOrderPath(magnitude.item(), {m: statistics.fmean(shares[m]) for m in modules if shares[m]})
 
 
 def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
@@ -160,36 +162,36 @@ def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tens
     return 0.0 if difference == 0 else (difference / _norm(expected)).item()
 
 
-def _hessian_vector_product(
-    model: nn.Module, support: Batch, modules: Sequence[str] | None, seed: int
-) -> dict[str, Float[Tensor, "tasks ..."]]:
-    """H u by the parameters of ``modules``; others are constants."""
+def _curvature(
+    model: nn.Module, support: Batch, modules: Sequence[str], seed: int
+) -> dict[tuple[str, str], Float[Tensor, " parameters"]]:
+    """(module that u is in, module) -> H u by the second's parameters; all other parameters are constants."""
     task_model = TaskModel(model)
     stacked, _ = task_model.initial(support[1].shape[0])
-    chosen = [
-        i
-        for i, name in enumerate(task_model.adapted_names)
-        if modules is None or name.rpartition(".")[0] in modules
-    ]
-    own = [stacked[i].requires_grad_() for i in chosen]
+    owner = {i: name.rpartition(".")[0] for i, name in enumerate(task_model.adapted_names)}
+    own = {i: stacked[i].requires_grad_() for i, module in owner.items() if module in modules}
     loss, _ = task_model.total_loss(stacked, [], support)
-    gradients = torch.autograd.grad(loss, own, create_graph=True)
+    gradients = torch.autograd.grad(loss, tuple(own.values()), create_graph=True)
     generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(p.shape, generator=generator).to(p) for p in own]
-    products = [(g * u).sum() for g, u in zip(gradients, directions, strict=True)]
-    curved = differentiate_again(torch.stack(products).sum(), own)
-    return {task_model.adapted_names[i]: h for i, h in zip(chosen, curved, strict=True)}
+    products: dict[str, list[Tensor]] = {}
+    for (i, parameter), gradient in zip(own.items(), gradients, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator).to(parameter)
+        products.setdefault(owner[i], []).append((gradient * direction).sum())
+    curvature: dict[tuple[str, str], Tensor] = {}
+    for along, scalars in products.items():
+        curved = differentiate_again(torch.stack(scalars).sum(), tuple(own.values()), retain_graph=True)
+        for module in products:
+            parts = [h.double().flatten() for i, h in zip(own, curved, strict=True) if owner[i] == module]
+            curvature[along, module] = torch.cat(parts)
+    return curvature
 
 
-def _joined(values: Mapping[str, Tensor], module: str) -> Tensor:
-    return torch.cat(
-        [v.double().flatten() for name, v in values.items() if name.rpartition(".")[0] == module]
-    )
+def _summed(curvature: Mapping[tuple[str, str], Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
+    """H u by each module for u in all of them: the sum over the directions."""
+    return {
+        of: torch.stack([h for (_, module), h in curvature.items() if module == of]).sum(0) for of in modules
+    }
 
 
 def _norm(values: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(v.double()) for v in values.values()]).norm()
-
-
-def _double(batch: Batch) -> Batch:
-    return batch[0].double(), batch[1]

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from theria.curvature.audit import AuditReport, audit
+from theria.curvature.cases import Case, default_cases
 from theria.curvature.convention import ConventionError
 from theria.curvature.known import known_implementations
 from theria.curvature.markdown import write_markdown
@@ -58,6 +59,15 @@ def load(path: str) -> Callable[..., Any]:
     return found
 
 
+def _cases(text: str) -> tuple[Case, Case]:
+    """The cases of a shape on the command line."""
+    sizes = [int(size) for size in text.split("x")]
+    if len(sizes) != 5 or min(sizes) < 1:
+        raise ValueError(f"a shape is BxHxLxSxE, got {text!r}")
+    batch, heads, queries, keys, dim = sizes
+    return Case(batch, heads, queries, keys, dim), Case(batch, heads, queries, keys, dim, causal=True)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(
@@ -71,6 +81,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=_DTYPES)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_cases,
+        default=[],
+        metavar="BxHxLxSxE",
+        help="probe these too, with and without causal mask: batch, heads, queries, keys, dim",
+    )
     parser.add_argument("--layout", choices=("heads_first", "heads_last"), help="where it cannot be told")
     parser.add_argument("--inner-steps", type=int, nargs="*", default=[1, 5], help="depths of MAML")
     parser.add_argument("--steps", type=int, default=5, help="outer steps at each depth")
@@ -98,12 +116,16 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
     """Every audit that the command line asks for, and what is absent."""
     reports: list[AuditReport] = []
     absent: Absent = {}
+    more = tuple(case for pair in args.shapes for case in pair)
     options = {"device": args.device, "inner_steps": args.inner_steps, "steps": args.steps, "seed": args.seed}
     loaded = {path: load(path) for path in args.callables}
     for name in args.dtype:
         dtype = getattr(torch, name)
         for path, function in loaded.items():
-            reports.append(audit(function, name=path, layout=args.layout, dtype=dtype, **options))
+            cases = default_cases(args.device) + more
+            reports.append(
+                audit(function, name=path, layout=args.layout, cases=cases, dtype=dtype, **options)
+            )
         if args.known is None:
             continue
         known = known_implementations(args.device, dtype)
@@ -123,7 +145,7 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
                     implementation.function,
                     name=implementation.name,
                     convention=implementation.convention,
-                    cases=implementation.cases,
+                    cases=(*(implementation.cases or default_cases(args.device)), *more),
                     task=implementation.task,
                     dtype=dtype,
                     **options,

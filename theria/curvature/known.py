@@ -137,15 +137,12 @@ def _flex_attention(
 ) -> Tensor:
     mask = None
     if is_causal:
-        mask = create_block_mask(_causal, None, None, query.shape[-2], key.shape[-2], device=query.device)
+        lengths = query.shape[-2], key.shape[-2]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=query.device)
     with warnings.catch_warnings():
         # said of every uncompiled call: that it is slow
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         return flex(query, key, value, block_mask=mask)
-
-
-def _causal(_: Tensor, __: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-    return query_index >= key_index
 
 
 def _installed(name: str, module: str, function: str) -> Implementation:

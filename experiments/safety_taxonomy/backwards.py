@@ -90,14 +90,14 @@ def recomputed_then_detached(base: Attention, causal: bool) -> Gradients:
 
 
 def by_formula(
-    *, frozen_probabilities: bool = False, frozen_statistics: bool = False, delta: bool = True
+    *, frozen_probabilities: bool = False, frozen_statistics: bool = False, factor: float = 1.0
 ) -> Callable[[Attention, bool], Gradients]:
     """The textbook backward in tensor operations, P = exp(S - lse), with parts of it held constant.
 
     Args:
         frozen_probabilities: P carries no derivative.
         frozen_statistics: lse carries none.
-        delta: subtract D = rowsum(P dP), without which the gradient is wrong.
+        factor: of the gradients of query and key.
     """
 
     def of(_: Attention, causal: bool) -> Gradients:
@@ -110,8 +110,8 @@ def by_formula(
             p = (scores - (statistics.detach() if frozen_statistics else statistics)).exp()
             p = p.detach() if frozen_probabilities else p
             dp = cotangent @ value.mT
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True) if delta else dp)
-            return scale * ds @ key, scale * ds.mT @ query, p.mT @ cotangent
+            ds = factor * scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+            return ds @ key, ds.mT @ query, p.mT @ cotangent
 
         return gradients
 

@@ -67,17 +67,19 @@ def _surviving(table: pd.DataFrame) -> list[str]:
         "q_proj": "surviving_q_proj",
         "k_proj": "surviving_k_proj",
         "v_proj": "surviving_v_proj",
-        "attention path": "second_order_magnitude_attn",
+        "attention": "surviving_attn",
+        "path": "second_order_magnitude_attn",
     }
     lines = [
         [f"`{name}`", *(_percent(row[c]) for c in columns.values()), str(row["second_order_path_attn_any"])]
         for name, row in first.iterrows()
     ]
     said = [
-        f"Over {backend}. The first four columns are the least share of the callable's own curvature over"
-        " all calls, by input; the next three that of the sequence classifier's support loss by its"
-        " projections; then the magnitude of the second-order path through these, and whether it counts as"
-        " existing (1% or more).",
+        f"Over {backend}. The first four columns: the least share, over all calls, of the callable's own"
+        " curvature by each input, the mean over directions in query, key and value. Then the same of the"
+        " sequence classifier's support loss by its projections, and of all three together along one"
+        " direction. Last the magnitude of that second-order path, and whether it counts as existing (1% or"
+        " more).",
         "",
         *markdown_table(["variant", *columns, "path exists"], lines),
     ]
@@ -89,12 +91,10 @@ def _surviving(table: pd.DataFrame) -> list[str]:
                 f"`{name}`: as a boolean the attention path"
                 f" {'exists' if row['second_order_path_attn_any'] else 'is gone'}, with"
                 f" {_percent(row['second_order_magnitude_attn'])} of the reference's magnitude. Of the"
-                " reference's attention curvature there survive"
-                f" {_percent(row['surviving_q_proj'])} by q_proj,"
-                f" {_percent(row['surviving_k_proj'])} by k_proj and"
-                f" {_percent(row['surviving_v_proj'])} by v_proj; straight through the callable"
-                f" {_percent(row['surviving_query'])}, {_percent(row['surviving_key'])} and"
-                f" {_percent(row['surviving_value'])} by query, key and value.",
+                f" reference's attention curvature {_percent(row['surviving_attn'])} survives: v_proj's own,"
+                " which runs through the loss and not through the attention. Straight through the"
+                f" callable {_percent(row['surviving_query'])}, {_percent(row['surviving_key'])} and"
+                f" {_percent(row['surviving_value'])} survive by query, key and value.",
             ]
     return said
 

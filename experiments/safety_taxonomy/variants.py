@@ -1,5 +1,6 @@
 """The broken variants by name, each with what it stands for and what an audit has to say about it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -155,9 +156,9 @@ VARIANTS = {
             Verdict.WRONG_FORWARD,
         ),
         Variant(
-            "missing_delta",
-            rewired(by_formula(delta=False)),
-            "a backward that forgets D = rowsum(dO O): the forward is right, the first gradient is not",
+            "base_two_gradient",
+            rewired(by_formula(factor=math.log(2))),
+            "a kernel that computes in powers of two and forgets ln 2 in the gradients of query and key",
             Verdict.WRONG_GRADIENT,
         ),
     )

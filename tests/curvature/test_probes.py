@@ -81,6 +81,7 @@ def test_a_magnitude_is_that_of_the_explicit_hessian(support):
     u = torch.cat([torch.randn(shape, generator=generator).flatten() for _ in sizes]).double()
     found, expected = (h @ u for h in hessians)
     assert path.magnitude == pytest.approx((found.norm() / expected.norm()).item())
+    assert path.kept == pytest.approx((found @ expected / expected.square().sum()).item())
     size = sizes["v_proj.weight"]
     shares = []
     for along in range(3):

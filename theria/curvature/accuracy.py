@@ -2,32 +2,25 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from theria.attention.call import CausalAlignment
 from theria.curvature.cases import Sample
-from theria.curvature.derivatives import (
-    FORWARD,
-    HVP,
-    HVP_CONSTANT,
-    KIND_OF,
-    ORDER_OF,
-    Quantity,
-    evaluate,
-)
+from theria.curvature.derivatives import HVP, HVP_CONSTANT, Quantity, evaluate
 from theria.curvature.verdicts import TOLERANCES
 from theria.curvature.yardsticks import exact, rounded
 
-_OUTPUT_FACTOR, _DERIVATIVE_FACTOR = 2.0, 3.0
+_FACTORS = (2.0, 3.0, 3.0)
+"""Times the error of a sound rounding that an output and its derivatives may have, by order."""
+
 _SMALL_PART = 0.01
 _CLEARLY = 10.0
 
 
-@dataclass(frozen=True)
-class Deviation:
+class Deviation(NamedTuple):
     """Error of one quantity: relative to its largest value, and as a multiple of what is allowed."""
 
     relative: float
@@ -64,26 +57,24 @@ def compare(
     expected = evaluate(exact(alignment), sample.double(), causal=causal).values
     ways = () if dtype in TOLERANCES else rounded(alignment)
     yardsticks = [evaluate(way, sample, causal=causal).values for way in ways]
-    largest: dict[int, float] = {}
-    for quantity, value in expected.items():
-        order = _order(quantity)
-        largest[order] = max(largest.get(order, 0.0), _largest(value))
-
+    sizes = {quantity: right.abs().max().item() for quantity, right in expected.items()}
+    of_order = [max((sizes[q] for q in expected if q.order == order), default=0.0) for order in range(3)]
     deviations: dict[Quantity, Deviation] = {}
     shares: dict[Quantity, float] = {}
     for quantity, value in found.items():
-        right, of_order = expected[quantity], largest[_order(quantity)]
-        scale = max(_largest(right), _SMALL_PART * of_order)
+        right, largest = expected[quantity], of_order[quantity.order]
+        scale = max(sizes[quantity], _SMALL_PART * largest)
         if dtype in TOLERANCES:
             allowed = TOLERANCES[dtype] * scale
         else:
-            factor = _OUTPUT_FACTOR if quantity.way == FORWARD else _DERIVATIVE_FACTOR
-            rounding = max(_largest(other[quantity] - right) for other in yardsticks)
-            allowed = max(factor * rounding, torch.finfo(dtype).eps * of_order)
-        error = _largest(value - right)
-        deviations[quantity] = Deviation(_ratio(error, scale), _ratio(error, allowed))
+            rounding = max((other[quantity] - right).abs().max().item() for other in yardsticks)
+            allowed = max(_FACTORS[quantity.order] * rounding, torch.finfo(dtype).eps * largest)
+        error = (value - right).abs().max().item()
+        # an error that is not a number is beyond every bound
+        error = error if math.isfinite(error) else math.inf
+        deviations[quantity] = Deviation(error / scale, error / allowed) if error > 0 else Deviation(0.0, 0.0)
         # of one input alone there is one block of its curvature, which is not what it keeps of the whole
-        if quantity.way in (HVP, HVP_CONSTANT) and _largest(right) > _CLEARLY * allowed:
+        if quantity.way in (HVP, HVP_CONSTANT) and sizes[quantity] > _CLEARLY * allowed:
             shares[quantity] = share(value, right)
     return deviations, shares
 
@@ -91,18 +82,3 @@ def compare(
 def share(found: Tensor, expected: Tensor) -> float:
     """<x, y> / |y|^2: 1 if x is y, 0 if nothing of y is in it."""
     return ((found * expected).sum() / expected.square().sum()).item()
-
-
-def _order(quantity: Quantity) -> int:
-    return ORDER_OF[KIND_OF[quantity.way]]
-
-
-def _largest(values: Tensor) -> float:
-    return values.abs().max().item() if values.numel() else 0.0
-
-
-def _ratio(error: float, scale: float) -> float:
-    """error / scale; 0 for no error at all, infinite where the error is not finite."""
-    if error == 0:
-        return 0.0
-    return error / scale if math.isfinite(error) and scale > 0 else math.inf

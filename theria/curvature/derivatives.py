@@ -30,10 +30,8 @@ KINDS = {
 }
 """Kind of quantity -> the ways in which it is taken."""
 
-KIND_OF = {way: kind for kind, ways in KINDS.items() for way in ways}
-
-ORDER_OF = {"forward": 0, "vjp": 1, "jvp": 1, "hvp": 2, "forward_over_reverse": 2}
-"""Kind of quantity -> how often it is differentiated."""
+_KIND_OF = {way: kind for kind, ways in KINDS.items() for way in ways}
+_ORDERS = {"forward": 0, "vjp": 1, "jvp": 1, "hvp": 2, "forward_over_reverse": 2}
 
 
 class Quantity(NamedTuple):
@@ -42,6 +40,16 @@ class Quantity(NamedTuple):
     way: str
     of: str
     along: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The key of `KINDS`."""
+        return _KIND_OF[self.way]
+
+    @property
+    def order(self) -> int:
+        """How often the output is differentiated."""
+        return _ORDERS[self.kind]
 
     def __str__(self) -> str:
         return f"{self.way}, {self.of}" + (f" along {self.along}" if self.along else "")

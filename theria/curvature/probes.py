@@ -16,7 +16,6 @@ from theria.curvature.accuracy import Deviation, compare, share
 from theria.curvature.cases import Case, draw
 from theria.curvature.convention import Attention, Convention
 from theria.curvature.derivatives import (
-    KIND_OF,
     OUTPUTS,
     Failure,
     Quantity,
@@ -67,7 +66,7 @@ class DerivativeProbe:
 
     def worst(self, kind: str) -> Deviation | None:
         """The deviation furthest beyond what is allowed, among the quantities of a kind (see `KINDS`)."""
-        found = [deviation for q, deviation in self.deviations.items() if KIND_OF[q.way] == kind]
+        found = [deviation for q, deviation in self.deviations.items() if q.kind == kind]
         return max(found, key=lambda deviation: deviation.of_allowed, default=None)
 
 
@@ -107,11 +106,13 @@ class SecondOrderPath:
 
     Attributes:
         magnitude: |H u| relative to the reference's.
+        kept: <H u, H_ref u> / |H_ref u|^2 over all of the parameters.
         surviving: module -> <H u, H_ref u> / |H_ref u|^2 over its parameters, the mean over directions u in
             each of the modules alone.
     """
 
     magnitude: float
+    kept: float
     surviving: dict[str, float]
 
     @property
@@ -149,8 +150,12 @@ def second_order_path(
     for along, of in expected:
         if expected[along, of].any():
             shares[of].append(share(found[along, of], expected[along, of]))
-    magnitude = _norm(_summed(found, modules)) / _norm(_summed(expected, modules))
-    return SecondOrderPath(magnitude.item(), {m: statistics.fmean(shares[m]) for m in modules if shares[m]})
+    whole, right = _summed(found, modules), _summed(expected, modules)
+    return SecondOrderPath(
+        magnitude=(whole.norm() / right.norm()).item(),
+        kept=share(whole, right),
+        surviving={module: statistics.fmean(shares[module]) for module in modules if shares[module]},
+    )
 
 
 def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
@@ -186,11 +191,11 @@ def _curvature(
     return curvature
 
 
-def _summed(curvature: Mapping[tuple[str, str], Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
-    """H u by each module for u in all of them: the sum over the directions."""
-    return {
-        of: torch.stack([h for (_, module), h in curvature.items() if module == of]).sum(0) for of in modules
-    }
+def _summed(
+    curvature: Mapping[tuple[str, str], Tensor], modules: Sequence[str]
+) -> Float[Tensor, " parameters"]:
+    """H u for u in all of the modules: the sum over the directions, module after module."""
+    return torch.cat([torch.stack([curvature[along, of] for along in modules]).sum(0) for of in modules])
 
 
 def _norm(values: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from theria.curvature.audit import AuditReport
-from theria.curvature.derivatives import INPUTS, KIND_OF, KINDS, OUTPUTS
+from theria.curvature.derivatives import INPUTS, KINDS, OUTPUTS
 from theria.curvature.learning import PATHS, DepthProbe, StepProbe
 from theria.curvature.probes import SecondOrderPath
 
@@ -50,7 +50,7 @@ def as_dict(report: AuditReport) -> dict[str, Any]:
             "case": str(probe.case),
             "failure": probe.failure,
             "unsupported": probe.unsupported,
-            "deviations": {str(q): asdict(deviation) for q, deviation in probe.deviations.items()},
+            "deviations": {str(q): deviation._asdict() for q, deviation in probe.deviations.items()},
             "shares": {str(q): share for q, share in probe.shares.items()},
             "surviving": probe.surviving,
         }
@@ -225,6 +225,7 @@ def _learned(depth: DepthProbe | None) -> Row:
     row: Row = {}
     for suffix in PATHS:
         row[f"second_order_magnitude_{suffix}".rstrip("_")] = mean(_magnitude(suffix))
+    row["surviving_attn"] = mean(lambda probe: probe.paths["attn"].kept)
     for module in _PROJECTIONS:
         row[f"surviving_{module}"] = mean(_surviving(module))
     row["reference_rel_diff"] = mean(lambda probe: probe.reference_rel_diff)
@@ -251,7 +252,7 @@ def _largest(report: AuditReport, kind: str, name: str) -> float | None:
         deviation.relative
         for probe in report.cases
         for quantity, deviation in probe.deviations.items()
-        if KIND_OF[quantity.way] == kind and quantity.of == name
+        if quantity.kind == kind and quantity.of == name
     ]
     return max(found, default=None)
 

@@ -41,6 +41,7 @@ def kernels(tmp_path, monkeypatch):
     name = f"kernels_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(KERNELS, encoding="utf-8")
     (tmp_path / "raises.py").write_text("raise OSError('no driver\\nat all')", encoding="utf-8")
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield name
@@ -72,6 +73,7 @@ def test_the_exit_status_says_whether_the_verdict_is_bad_enough(kernels, functio
     [
         ("absent_module:f", "cannot import absent_module: ModuleNotFoundError: No module named"),
         ("raises:f", "cannot import raises: OSError: no driver at all"),
+        ("exits:f", "cannot import exits: SystemExit: 0"),
         ("{kernels}:absent", "{kernels} has no absent"),
         ("{kernels}:Nested.absent", "{kernels} has no Nested.absent"),
         ("{kernels}:number", "{kernels}:number is int, not a callable"),

@@ -48,7 +48,7 @@ def load(path: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # a module's own code may raise anything
+    except (Exception, SystemExit) as error:  # a module's own code may raise anything
         raise UsageError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -137,12 +137,17 @@ def _flex_attention(
 ) -> Tensor:
     mask = None
     if is_causal:
-        lengths = query.shape[-2], key.shape[-2]
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=query.device)
+        mask = create_block_mask(_causal, None, None, query.shape[-2], key.shape[-2], device=query.device)
     with warnings.catch_warnings():
         # said of every uncompiled call: that it is slow
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         return flex(query, key, value, block_mask=mask)
+
+
+# FlexAttention counts the parameters, and compiles anew for every other function that it is given
+@no_type_check
+def _causal(batch, head, query_index, key_index):
+    return query_index >= key_index
 
 
 def _installed(name: str, module: str, function: str) -> Implementation:

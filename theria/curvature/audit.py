@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from theria.curvature.accuracy import Deviation
 from theria.curvature.cases import Case, default_cases
 from theria.curvature.convention import Convention, Layout, find_convention
 from theria.curvature.derivatives import OUTPUTS, Failure
-from theria.curvature.learning import DepthProbe, MetaTask, probe_learning
+from theria.curvature.learning import DepthProbe, MetaTask, StepProbe, probe_learning
 from theria.curvature.probes import DerivativeProbe, probe_derivatives
 from theria.curvature.verdicts import SURVIVING, TOLERANCES, Status, Verdict
 
@@ -20,6 +21,10 @@ _WRONG = {
     Verdict.WRONG_FORWARD: ("forward",),
     Verdict.WRONG_GRADIENT: ("vjp", "jvp"),
     Verdict.WRONG_CURVATURE: ("hvp", "forward_over_reverse"),
+}
+_META_GRADIENTS: dict[Verdict, tuple[str, Callable[[StepProbe], float]]] = {
+    Verdict.WRONG_GRADIENT: ("FO", attrgetter("first_order_error")),
+    Verdict.WRONG_CURVATURE: ("FULL", attrgetter("full_error")),
 }
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 
@@ -253,19 +258,14 @@ def _wrong_meta_gradient(
     verdict: Verdict, depths: Sequence[DepthProbe], dtype: torch.dtype
 ) -> Iterator[Finding]:
     """A meta-gradient off by more than the tolerance, for dtypes in which one number is one."""
-    if dtype not in TOLERANCES:
+    if verdict not in _META_GRADIENTS or dtype not in TOLERANCES:
         return
+    mode, error_of = _META_GRADIENTS[verdict]
     for depth in depths:
-        for probe in depth.probes:
-            order, error = (
-                ("FO", probe.first_order_error)
-                if verdict is Verdict.WRONG_GRADIENT
-                else ("FULL", probe.full_error)
-            )
-            if verdict is not Verdict.WRONG_FORWARD and not error <= TOLERANCES[dtype]:
-                yield Finding(
-                    verdict, f"{order} meta-gradient off by {error:.2g} after {depth.inner_steps} inner steps"
-                )
+        for error in map(error_of, depth.probes):
+            if not error <= TOLERANCES[dtype]:
+                after = f"after {depth.inner_steps} inner steps"
+                yield Finding(verdict, f"{mode} meta-gradient off by {error:.2g} {after}")
                 return
 
 

@@ -1,5 +1,6 @@
 """The safety table of real implementations as a Markdown file with a section for each device and dtype."""
 
+import os
 import platform
 import shlex
 import sys
@@ -41,7 +42,8 @@ def write_markdown(reports: Sequence[AuditReport], absent: Mapping[str, str], pa
 
 
 def _section(reports: Sequence[AuditReport], absent: Mapping[str, str]) -> list[str]:
-    command = shlex.join(["python", "-m", "theria.curvature", *sys.argv[1:]])
+    interpreted = [f"TRITON_INTERPRET={value}"] if (value := os.environ.get("TRITON_INTERPRET")) else []
+    command = shlex.join([*interpreted, "python", "-m", "theria.curvature", *sys.argv[1:]])
     lines = [
         f"Command: `{command}`  ",
         f"Versions: {versions()}, Python {platform.python_version()}",

@@ -199,7 +199,7 @@ def _row(report: AuditReport, depth: DepthProbe | None) -> Row:
     row["rel_diff_mean"] = _measured(depth.rel_diff_mean if depth else math.nan)
     row["error"] = failure.error if failure else refusal or None
     row["inner_steps"] = depth.inner_steps if depth else None
-    row["steps"] = len(depth.probes) if depth else None
+    row["steps"] = depth.steps if depth else None
     for kind in KINDS:
         worst = report.worst(kind)
         row[f"{kind}_rel_error"] = None if worst is None else worst.relative

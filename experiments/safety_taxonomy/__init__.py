@@ -1,0 +1,1 @@
+"""Which ways of breaking attention break second-order meta-learning, and which diagnostics see it."""

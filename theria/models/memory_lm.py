@@ -1,0 +1,368 @@
+"""A language model of attention over a window beside a memory, mixed by gates."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from theria.memory import (
+    AssociativeMemory,
+    AssociativeState,
+    AtlasMemory,
+    ConvState,
+    GatedMLP,
+    PersistentMemory,
+    ProjectionState,
+    QKProjection,
+    ShortConvolution,
+    TokenGate,
+)
+from theria.memory.accumulator import Kernel, state_dtype, widened
+from theria.memory.fla_kernels import Rule
+from theria.models.window_attention import AttentionState, WindowAttention, rotation_of
+
+_INIT_STD = 0.02
+# a gate z of the gated rule forgets by sigmoid(z)^(1/16) a token: at z = 4 half is left after 600 tokens
+_DECAY_TEMPERATURE = 16
+_DECAY_LOGIT = 4.0
+
+
+class MemoryState(NamedTuple):
+    """State of a memory branch: of constant size, whatever the length read so far."""
+
+    conv: ConvState
+    projection: ProjectionState
+    memory: AssociativeState
+
+
+class BlockState(NamedTuple):
+    """State of a block; ``memory`` is None where the memory was off."""
+
+    attention: AttentionState
+    memory: MemoryState | None
+
+
+class MemoryLMState(NamedTuple):
+    """What ``MemoryLM`` carries from one call to the next: its position and one state a block."""
+
+    position: int
+    blocks: tuple[BlockState, ...]
+
+
+class MemoryLMOutput(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+        logits: of the token after each token.
+        gates: of every block, with their graph; None where the memory is off.
+        state: after the last token.
+    """
+
+    logits: Float[Tensor, "batch length vocab"]
+    gates: Float[Tensor, "blocks batch length heads"] | None
+    state: MemoryLMState
+
+
+class MemoryBranch(nn.Module):
+    """m = AtlasMemory(W_o r), r read from an associative memory through the projected query.
+
+    With (q, k, v) = conv(W x), q and k of unit length per head, q' = QKProjection(q, k) and
+    r_t = S_t q'_t. The short convolution lets a key name the tokens before its value; it and both
+    accumulators stop at shard boundaries.
+
+    Args:
+        width: of the tokens.
+        heads, dim: memory heads and their width, independent of the attention heads.
+        rule: of the associative memory; "hebbian", "delta" or "gated_delta".
+        slots: persistent vectors a head.
+        taps: tokens the convolution sees; 1 for a factor per channel.
+        chunk_size, kernel: of the accumulators.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        dim: int,
+        rule: Rule,
+        slots: int,
+        taps: int,
+        chunk_size: int,
+        kernel: Kernel,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * heads * dim, bias=False)
+        self.conv = ShortConvolution(3 * heads * dim, taps=taps)
+        self.projection = QKProjection(
+            PersistentMemory(heads, dim, slots=slots), chunk_size=chunk_size, kernel=kernel
+        )
+        self.memory = AssociativeMemory(rule, chunk_size=chunk_size, kernel=kernel)
+        self.beta = nn.Linear(width, heads) if rule != "hebbian" else None
+        self.decay = nn.Linear(width, heads) if rule == "gated_delta" else None
+        self.o_proj = nn.Linear(heads * dim, width, bias=False)
+        self.atlas = AtlasMemory(width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length width"],
+        *,
+        segment_ids: Int64[Tensor, "batch length"] | None = None,
+        state: MemoryState | None = None,
+    ) -> tuple[Float[Tensor, "batch length width"], MemoryState]:
+        """What the memory says about every token, and its state after the last."""
+        conv_state, projection_state, memory_state = state if state is not None else (None, None, None)
+        mixed, conv_state = self.conv(self.in_proj(x), segment_ids=segment_ids, state=conv_state)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=-1))
+        q, k = F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        projected, projection_state = self.projection(q, k, segment_ids=segment_ids, state=projection_state)
+        read, memory_state = self.memory(
+            projected,
+            k,
+            v,
+            beta=None if self.beta is None else torch.sigmoid(widened(self.beta(x))).mT,
+            log_decay=None if self.decay is None else _log_decay(self.decay(x)),
+            segment_ids=segment_ids,
+            state=memory_state,
+        )
+        out = self.atlas(self.o_proj(read.transpose(1, 2).flatten(2)))
+        return out, MemoryState(conv_state, projection_state, memory_state)
+
+
+class AtlasMAGBlock(nn.Module):
+    """Memory as a gate: attention a and memory m of the same normed tokens, mixed per token and head.
+
+        x <- x + W_out((1 - g) a + g m),    x <- x + MLP(RMSNorm(x))
+
+    a is what the attention heads read before their output projection W_out; m is divided among the same
+    heads. Without a memory g is 0.
+
+    Args:
+        attention: of the block's width.
+        memory: of the same width; None for a block of attention alone.
+        mlp_hidden: hidden width of the gated MLP.
+    """
+
+    def __init__(self, attention: WindowAttention, memory: MemoryBranch | None, *, mlp_hidden: int) -> None:
+        super().__init__()
+        width = attention.heads * attention.head_dim
+        self.norm = nn.RMSNorm(width)
+        self.attention = attention
+        self.memory = memory
+        self.gate = None if memory is None else TokenGate(width, attention.heads)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp = GatedMLP(width, mlp_hidden)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length width"],
+        rotation: Float[Tensor, "2 length half"],
+        *,
+        segment_ids: Int64[Tensor, "batch length"] | None = None,
+        state: BlockState | None = None,
+        memory_enabled: bool = True,
+    ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "batch length heads"] | None, BlockState]:
+        """The tokens, the gates (None without memory) and the state after the last token."""
+        normed = self.norm(x)
+        attention_state, memory_state = state if state is not None else (None, None)
+        mixed, attention_state = self.attention(
+            normed, rotation, segment_ids=segment_ids, state=attention_state
+        )
+        gate = None
+        if memory_enabled and self.memory is not None and self.gate is not None:
+            said, memory_state = self.memory(normed, segment_ids=segment_ids, state=memory_state)
+            gate = self.gate(normed)
+            share = gate.unsqueeze(-1).to(mixed.dtype)
+            mixed = (1 - share) * mixed + share * said.unflatten(-1, mixed.shape[-2:])
+        x = x + self.o_proj(mixed.flatten(2))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x, gate, BlockState(attention_state, memory_state)
+
+
+class MemoryLM(nn.Module):
+    """Decoder of ``AtlasMAGBlock`` over tied embeddings, with rotary positions and RMSNorm.
+
+    Shards of a packed batch do not see one another at all: attention, convolution, projection and memory
+    each stop at a boundary, so a packed batch gives the logits of its shards taken alone, and the gradient
+    across a boundary is exactly zero. (The memory needs that by specification; attention follows it, since
+    what it carried over a boundary would be written into the next shard's memory.)
+
+    Args:
+        vocab: number of tokens.
+        width, blocks, heads: of the decoder; width / heads an even number.
+        window: tokens that attention sees, its own included.
+        memory_heads: of each block's memory; 0 for a decoder of attention alone.
+        memory_dim: width of a memory head.
+        rule: write rule of the associative memory.
+        slots: persistent vectors a memory head.
+        taps: tokens the memory's convolution sees.
+        mlp_hidden: hidden width of the MLPs; 8/3 of the width, rounded up to a multiple of 8, by default.
+        chunk_size, kernel: of the accumulators.
+        backend: of attention.
+
+    Attributes:
+        memory_enabled: set it to False to run the same weights with every gate shut, as a control.
+
+    Raises:
+        ValueError: for sizes that do not fit, an unknown rule, kernel or backend.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        *,
+        width: int,
+        blocks: int,
+        heads: int,
+        window: int,
+        memory_heads: int = 2,
+        memory_dim: int = 256,
+        rule: Rule = "delta",
+        slots: int = 64,
+        taps: int = 4,
+        mlp_hidden: int | None = None,
+        chunk_size: int = 64,
+        kernel: Kernel = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, size in (("vocab", vocab), ("blocks", blocks), ("memory_heads + 1", memory_heads + 1)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, received {size}")
+        hidden = mlp_hidden if mlp_hidden is not None else -(-width // 3) * 8
+        self.head_dim = width // heads
+        self.memory_enabled = True
+        self.embedding = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            attention = WindowAttention(width, heads, window=window, backend=backend)
+            memory = None
+            if memory_heads:
+                memory = MemoryBranch(
+                    width,
+                    heads=memory_heads,
+                    dim=memory_dim,
+                    rule=rule,
+                    slots=slots,
+                    taps=taps,
+                    chunk_size=chunk_size,
+                    kernel=kernel,
+                )
+            self.blocks.append(AtlasMAGBlock(attention, memory, mlp_hidden=hidden))
+        self.norm = nn.RMSNorm(width)
+        self._initialise()
+
+    # No jaxtyping shape on tokens: wrong ones are refused in words.
+    def forward(
+        self, tokens: Tensor, *, segment_ids: Tensor | None = None, state: MemoryLMState | None = None
+    ) -> MemoryLMOutput:
+        """Logits of the token after each of ``tokens``.
+
+        Args:
+            tokens: (batch, length), int64.
+            segment_ids: (batch, length), int64 and non-decreasing, a new id begins a shard; None for one
+                shard, or for the state's shard continued.
+            state: of the call that ended where this one begins, under the same ``memory_enabled``.
+
+        Raises:
+            ValueError: for tokens that are not (batch, length >= 1), or a state of another model.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens must be (batch, length >= 1), received {tuple(tokens.shape)}")
+        if state is not None and len(state.blocks) != len(self.blocks):
+            raise ValueError(
+                f"the state must have {len(self.blocks)} blocks, as the model, received {len(state.blocks)}"
+            )
+        length = tokens.shape[1]
+        position = 0 if state is None else state.position
+        rotation = rotation_of(
+            position,
+            length,
+            self.head_dim,
+            device=tokens.device,
+            dtype=state_dtype(self.embedding.weight.dtype),
+        )
+        before: Sequence[BlockState | None] = [None] * len(self.blocks) if state is None else state.blocks
+        x = self.embedding(tokens)
+        gates, after = [], []
+        for block, block_state in zip(self.blocks, before, strict=True):
+            x, gate, block_state = block(
+                x,
+                rotation,
+                segment_ids=segment_ids,
+                state=block_state,
+                memory_enabled=self.memory_enabled,
+            )
+            after.append(block_state)
+            if gate is not None:
+                gates.append(gate)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        stacked = torch.stack(gates) if gates else None
+        return MemoryLMOutput(logits, stacked, MemoryLMState(position + length, tuple(after)))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Int64[Tensor, "batch length"],
+        new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int64[Tensor, "batch total"]:
+        """The prompt and ``new_tokens`` sampled after it, one at a time from a state of bounded size.
+
+        Args:
+            prompt: at least one token a sequence.
+            new_tokens: how many to add.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: sample among the k likeliest alone.
+            generator: of the random numbers, on the prompt's device.
+
+        Raises:
+            ValueError: for a negative temperature or number of tokens, or top_k below 1.
+        """
+        if new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                "new_tokens and temperature must be at least 0 and top_k at least 1, received "
+                f"{new_tokens}, {temperature} and {top_k}"
+            )
+        sequence, fresh, state = [prompt], prompt, None
+        for _ in range(new_tokens):
+            logits, _, state = self(fresh, state=state)
+            fresh = _sample(widened(logits[:, -1]), temperature, top_k, generator)
+            sequence.append(fresh)
+        return torch.cat(sequence, dim=1)
+
+    def _initialise(self) -> None:
+        """0.02 N(0, 1), and less by sqrt(2 blocks) for what is added to the residual stream."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+        for block in self.blocks:
+            assert isinstance(block, AtlasMAGBlock)
+            for linear in (block.o_proj, block.mlp.w1):
+                nn.init.normal_(linear.weight, std=_INIT_STD / (2 * len(self.blocks)) ** 0.5)
+
+
+def _log_decay(logits: Float[Tensor, "batch length heads"]) -> Float[Tensor, "batch heads length"]:
+    return F.logsigmoid(widened(logits) + _DECAY_LOGIT).mT / _DECAY_TEMPERATURE
+
+
+def _sample(
+    logits: Float[Tensor, "batch vocab"],
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator | None,
+) -> Int64[Tensor, "batch 1"]:
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)

@@ -11,14 +11,12 @@ from theria.memory.delta import delta_read
 from theria.memory.fla_kernels import Rule, fla_read, refusal
 from theria.memory.hebbian import hebbian_read
 
-Kernel = Literal["auto", "tensor", "fla"]
-
-RULES: tuple[str, ...] = get_args(Rule)
-KERNELS: tuple[str, ...] = get_args(Kernel)
+KERNELS = ("auto", "tensor", "fla")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def resolve_kernel(
-    query: Tensor, key: Tensor, *, chunk_size: int = 64, kernel: Kernel = "auto"
+    query: Tensor, key: Tensor, *, chunk_size: int = 64, kernel: str = "auto"
 ) -> Literal["tensor", "fla"]:
     """The kernel that a call takes: a pure function of the inputs' attributes, autocast and what is installed.
 
@@ -31,8 +29,7 @@ def resolve_kernel(
         ValueError: for another name, or a chunk size that is not a positive integer.
         NotImplementedError: if "fla" is named and cannot do the call; it says why.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, received {kernel!r}")
+    check_kernel(kernel)
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive integer, received {chunk_size!r}")
     if kernel == "tensor" or (kernel == "auto" and query.shape[-2] < chunk_size):
@@ -43,6 +40,12 @@ def resolve_kernel(
     if kernel == "fla":
         raise NotImplementedError(f"the kernels of flash-linear-attention cannot do this call: {reason}")
     return "tensor"
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ValueError for a kernel that is none."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, received {kernel!r}")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +69,7 @@ def causal_read(
     ranks: Tensor | None,
     initial: Tensor,
     chunk_size: int,
-    kernel: Kernel,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Reads o_t = S_t^T q_t (batch, heads, length, value_dim), and the state after the last token.
 

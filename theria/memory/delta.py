@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from theria.memory.chunks import Reach, in_chunks, ranks_in_chunks, reach_of
+from theria.memory.shards import begins_of
 
 
 def delta_read(
@@ -41,10 +42,17 @@ def delta_read(
         log_decay: log alpha_t, at most 0; None for alpha = 1.
     """
     length, value_dim = value.shape[2:]
-    chunk = max(1, min(chunk_size, length))
+    if length == 0:
+        return value, initial
+    chunk = min(chunk_size, length)
     q, k, v, b = (in_chunks(t, chunk) for t in (query, key, value, beta))
     reach = reach_of(ranks_in_chunks(ranks, chunk), None, chunk, query.device)
-    decay = in_chunks(torch.zeros_like(beta) if log_decay is None else log_decay, chunk)
+    if log_decay is None:
+        log_decay = torch.zeros_like(beta)
+    elif ranks is not None:
+        # before a shard's first token there is nothing to forget
+        log_decay = log_decay.masked_fill(begins_of(ranks).unsqueeze(1), 0)
+    decay = in_chunks(log_decay, chunk)
     pairs, from_start, to_end, whole = _decays(decay, reach)
 
     written = k * b.unsqueeze(-1)
@@ -63,8 +71,6 @@ def delta_read(
         state = whole_n[..., None, None] * state + kept_n @ update
         updates.append(update)
         reads.append(read)
-    if not updates:
-        return value.new_zeros(value.shape), state
     out = ((q @ k.mT) * pairs) @ torch.stack(updates, dim=2) + torch.stack(reads, dim=2)
     return out.flatten(2, 3)[:, :, :length], state
 
@@ -78,7 +84,8 @@ def _decays(
     Float[Tensor, "batch heads chunks"],
 ]:
     """Decay between pairs of tokens, from the chunk's start, to its end, and over all of it; 0 across shards."""
-    since = log_decay.cumsum(dim=-1)
+    # of the token's own shard alone: a difference of sums over more would leave rounding in the derivatives
+    since = log_decay.cumsum(dim=-1) if reach.ends is None else _shard_sums(log_decay, reach)
     pairs = since.unsqueeze(-1) - since.unsqueeze(-2)
     # masked before the exponential, which could overflow where a token does not see another
     pairs = pairs.masked_fill(~reach.visible, -math.inf).exp()
@@ -89,3 +96,9 @@ def _decays(
         to_end = to_end.masked_fill(~reach.writes, -math.inf)
         whole = whole.masked_fill(reach.ends[..., 1:] != reach.ends[..., :-1], -math.inf)
     return pairs, since.exp(), to_end.exp(), whole.exp()
+
+
+def _shard_sums(
+    log_decay: Float[Tensor, "batch heads chunks chunk"], reach: Reach
+) -> Float[Tensor, "batch heads chunks chunk"]:
+    return (reach.visible.to(log_decay.dtype) @ log_decay.unsqueeze(-1)).squeeze(-1)

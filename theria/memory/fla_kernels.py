@@ -17,6 +17,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 
+from theria.memory.shards import begins_of
+
 Rule = Literal["hebbian", "delta", "gated_delta"]
 
 MAX_KEY_DIM = 256
@@ -101,8 +103,7 @@ def _with_resets(log_decay: Tensor | None, ranks: Tensor | None, query: Tensor) 
     batch, heads, length, _ = query.shape
     if log_decay is None:
         log_decay = torch.zeros(batch, heads, length, device=query.device)
-    before = torch.cat((ranks.new_zeros(batch, 1), ranks[:, :-1]), dim=1)
-    return log_decay.masked_fill((ranks != before).unsqueeze(1), _RESET)
+    return log_decay.masked_fill(begins_of(ranks).unsqueeze(1), _RESET)
 
 
 def _kernel(rule: Rule, *, gated: bool) -> Callable[..., tuple[Tensor, Tensor]]:

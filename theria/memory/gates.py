@@ -1,7 +1,7 @@
 """Gates between attention and memory: the gate, the loss that polarises it, its schedule and its statistics."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +12,7 @@ from theria.memory.accumulator import widened
 LOW, HIGH = 0.1, 0.9
 """A gate below the first or above the second has decided."""
 
-Shape = Literal["linear", "cosine", "exponential"]
+SHAPES = ("linear", "cosine", "exponential")
 
 
 class TokenGate(nn.Module):
@@ -75,11 +75,11 @@ class PolarizationSchedule(nn.Module):
         initial: float = 10.0,
         final: float = 0.1,
         hold: float = 0.1,
-        shape: Shape = "exponential",
+        shape: str = "exponential",
     ) -> None:
         super().__init__()
-        if shape not in get_args(Shape):
-            raise ValueError(f"shape must be one of {', '.join(get_args(Shape))}, received {shape!r}")
+        if shape not in SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, received {shape!r}")
         if steps < 1 or not 0 <= hold <= 1:
             raise ValueError(f"steps must be at least 1 and hold in [0, 1], received {steps} and {hold}")
         if min(initial, final) < 0 or (shape == "exponential" and min(initial, final) == 0):
@@ -99,7 +99,7 @@ class PolarizationSchedule(nn.Module):
             return self.initial * torch.exp(part * math.log(self.final / self.initial))
         if self.shape == "cosine":
             part = (1 - torch.cos(math.pi * part)) / 2
-        return self.initial + (self.final - self.initial) * part
+        return torch.lerp(part.new_tensor(self.initial), part.new_tensor(self.final), part)
 
     def advance(self) -> None:
         """Count a step."""

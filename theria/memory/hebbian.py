@@ -38,7 +38,9 @@ def hebbian_read(
         The reads, and the state after the last token.
     """
     length = query.shape[2]
-    chunk = max(1, min(chunk_size, length))
+    if length == 0:
+        return value, initial
+    chunk = min(chunk_size, length)
     q, k, v = (in_chunks(t, chunk) for t in (query, key, value))
     groups = len(q.split(CHUNKS_AT_ONCE, dim=2))
     parts = [groups_of(t, CHUNKS_AT_ONCE, groups) for t in (q, k, v, ranks_in_chunks(ranks, chunk))]

@@ -7,10 +7,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from theria.memory.accumulator import (
-    KERNELS,
     RULES,
-    Kernel,
     causal_read,
+    check_kernel,
     state_dtype,
     widened,
     without_autocast,
@@ -59,7 +58,7 @@ def causal_projection(
     segment_ids: Tensor | None = None,
     chunk_size: int = 64,
     state: ProjectionState | None = None,
-    kernel: Kernel = "auto",
+    kernel: str = "auto",
 ) -> tuple[Tensor, ProjectionState]:
     r"""q'_t = M_t q_t / max(norm_sum_t, 1e-8), per sequence and head.
 
@@ -141,15 +140,13 @@ class QKProjection(nn.Module):
         relative_scale: (heads,), the learned scale over dim; 1 at the start.
     """
 
-    def __init__(
-        self, persistent: PersistentMemory, *, chunk_size: int = 64, kernel: Kernel = "auto"
-    ) -> None:
+    def __init__(self, persistent: PersistentMemory, *, chunk_size: int = 64, kernel: str = "auto") -> None:
         super().__init__()
-        _check_kernel(kernel)
+        check_kernel(kernel)
         _, heads, self.dim = persistent.vectors.shape
         self.persistent = persistent
         self.chunk_size = chunk_size
-        self.kernel: Kernel = kernel
+        self.kernel = kernel
         self.relative_scale = nn.Parameter(torch.ones(heads))
 
     @property
@@ -203,14 +200,14 @@ class AssociativeMemory(nn.Module):
         ValueError: for an unknown rule or kernel.
     """
 
-    def __init__(self, rule: Rule = "delta", *, chunk_size: int = 64, kernel: Kernel = "auto") -> None:
+    def __init__(self, rule: str = "delta", *, chunk_size: int = 64, kernel: str = "auto") -> None:
         super().__init__()
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, received {rule!r}")
-        _check_kernel(kernel)
-        self.rule: Rule = rule
+        check_kernel(kernel)
+        self.rule = next(known for known in RULES if known == rule)
         self.chunk_size = chunk_size
-        self.kernel: Kernel = kernel
+        self.kernel = kernel
 
     # No jaxtyping shapes: wrong ones are refused in words.
     def forward(
@@ -266,11 +263,6 @@ def _fresh(
     m_persistent: Float[Tensor, "heads dim dim"], norm_persistent: Float[Tensor, " heads"], batch: int
 ) -> ProjectionState:
     return ProjectionState(m_persistent.expand(batch, *m_persistent.shape), norm_persistent.expand(batch, -1))
-
-
-def _check_kernel(kernel: str) -> None:
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, received {kernel!r}")
 
 
 def _check_projection(q: Tensor, k: Tensor, m_persistent: Tensor, norm_persistent: Tensor) -> None:

@@ -55,3 +55,8 @@ def same_shard(
 ) -> Bool[Tensor, "*leading queries keys"]:
     """True where two tokens are of one shard."""
     return ranks.unsqueeze(-1) == others.unsqueeze(-2)
+
+
+def begins_of(ranks: Int64[Tensor, "batch length"]) -> Bool[Tensor, "batch length"]:
+    """True at the first token of every shard that begins in the call."""
+    return ranks != torch.cat((ranks.new_zeros(ranks.shape[0], 1), ranks[:, :-1]), dim=1)

@@ -31,13 +31,19 @@ class ShortConvolution(nn.Module):
         taps: tokens a channel sees, its own included.
 
     Attributes:
-        weight: (taps, channels), uniform in ±1/sqrt(taps) at the start; row j weighs the token j places back.
+        weight: (taps, channels), row j weighs the token j places back; the identity at the start.
+
+    Raises:
+        ValueError: for less than one tap.
     """
 
     def __init__(self, channels: int, *, taps: int = 4) -> None:
         super().__init__()
+        if taps < 1:
+            raise ValueError(f"taps must be at least 1, received {taps}")
         self.taps = taps
-        self.weight = nn.Parameter(torch.empty(taps, channels).uniform_(-(taps**-0.5), taps**-0.5))
+        self.weight = nn.Parameter(torch.zeros(taps, channels))
+        nn.init.ones_(self.weight[0])
 
     def forward(
         self,
@@ -51,6 +57,8 @@ class ShortConvolution(nn.Module):
         past = self.taps - 1
         if state is None:
             state = ConvState(x.new_zeros(batch, past, channels))
+        if length == 0:
+            return x, state
         ranks, segment = shards_of(segment_ids, state.segment, batch, length)
         seen = torch.cat((state.inputs, x), dim=1)
         out = x * self.weight[0].to(x.dtype)

@@ -20,11 +20,10 @@ from theria.memory import (
     ShortConvolution,
     TokenGate,
 )
-from theria.memory.accumulator import Kernel, state_dtype, widened
-from theria.memory.fla_kernels import Rule
+from theria.memory.accumulator import state_dtype, widened
 from theria.models.window_attention import AttentionState, WindowAttention, rotation_of
 
-_INIT_STD = 0.02
+_EMBEDDING_STD = 0.02
 # a gate z of the gated rule forgets by sigmoid(z)^(1/16) a token: at z = 4 half is left after 600 tokens
 _DECAY_TEMPERATURE = 16
 _DECAY_LOGIT = 4.0
@@ -69,9 +68,14 @@ class MemoryLMOutput(NamedTuple):
 class MemoryBranch(nn.Module):
     """m = AtlasMemory(W_o r), r read from an associative memory through the projected query.
 
-    With (q, k, v) = conv(W x), q and k of unit length per head, q' = QKProjection(q, k) and
-    r_t = S_t q'_t. The short convolution lets a key name the tokens before its value; it and both
-    accumulators stop at shard boundaries.
+    With (q, k, v) = conv(W x), q and k of unit length per head, q' = QKProjection(q, k) and r_t = S_t q'_t.
+    The short convolution lets a key name the tokens before its value; it and both accumulators stop at
+    shard boundaries.
+
+    It starts out as an induction head: W_k = W_q, a key is that of the token before (and a tenth of its
+    own), and W_o is the transpose of W_v, so that a token reads back what followed it earlier, in the
+    terms of the residual stream. From a random start the several maps that recall takes find each other
+    late, and often not within a thousand steps.
 
     Args:
         width: of the tokens.
@@ -88,11 +92,11 @@ class MemoryBranch(nn.Module):
         *,
         heads: int,
         dim: int,
-        rule: Rule,
+        rule: str,
         slots: int,
         taps: int,
         chunk_size: int,
-        kernel: Kernel,
+        kernel: str,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -106,6 +110,7 @@ class MemoryBranch(nn.Module):
         self.decay = nn.Linear(width, heads) if rule == "gated_delta" else None
         self.o_proj = nn.Linear(heads * dim, width, bias=False)
         self.atlas = AtlasMemory(width)
+        self._start()
 
     def forward(
         self,
@@ -118,7 +123,7 @@ class MemoryBranch(nn.Module):
         conv_state, projection_state, memory_state = state if state is not None else (None, None, None)
         mixed, conv_state = self.conv(self.in_proj(x), segment_ids=segment_ids, state=conv_state)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=-1))
-        q, k = F.normalize(q, dim=-1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        q, k = _unit(q), _unit(k)
         projected, projection_state = self.projection(q, k, segment_ids=segment_ids, state=projection_state)
         read, memory_state = self.memory(
             projected,
@@ -131,6 +136,21 @@ class MemoryBranch(nn.Module):
         )
         out = self.atlas(self.o_proj(read.transpose(1, 2).flatten(2)))
         return out, MemoryState(conv_state, projection_state, memory_state)
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """The induction head of the class's description."""
+        inner, width = self.o_proj.in_features, self.o_proj.out_features
+        nn.init.normal_(self.in_proj.weight, std=width**-0.5)
+        query, key, value = self.in_proj.weight.chunk(3)
+        key.copy_(query)
+        # W_v^T W_v is inner / width on the mean of its diagonal
+        self.o_proj.weight.copy_(value.T * (width / inner))
+        if self.conv.taps > 1:
+            taps = self.conv.weight[:, inner : 2 * inner]
+            taps[1] = 1.0
+            # a shard's first token has none before it: its key must not be zero, where a direction has no slope
+            taps[0] = 0.1
 
 
 class AtlasMAGBlock(nn.Module):
@@ -157,6 +177,23 @@ class AtlasMAGBlock(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = GatedMLP(width, mlp_hidden)
+
+    @torch.no_grad()
+    def start(self, *, added_variance: float) -> None:
+        """Draw the weights anew, for outputs of the given variance where attention's and the MLP's are 1.
+
+        Half of the identity is added to W_out: what memory says in terms of the residual stream then gets
+        there as it is.
+        """
+        width = self.o_proj.in_features
+        for linear in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+        for linear in (self.o_proj, self.mlp.w1, self.mlp.w2, self.mlp.w3):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        self.o_proj.weight.mul_(added_variance**0.5)
+        self.mlp.w1.weight.mul_(added_variance**0.5)
+        if self.memory is not None:
+            self.o_proj.weight.diagonal().add_(0.5)
 
     def forward(
         self,
@@ -222,18 +259,22 @@ class MemoryLM(nn.Module):
         window: int,
         memory_heads: int = 2,
         memory_dim: int = 256,
-        rule: Rule = "delta",
+        rule: str = "delta",
         slots: int = 64,
         taps: int = 4,
         mlp_hidden: int | None = None,
         chunk_size: int = 64,
-        kernel: Kernel = "auto",
+        kernel: str = "auto",
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        for name, size in (("vocab", vocab), ("blocks", blocks), ("memory_heads + 1", memory_heads + 1)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, received {size}")
+        for name, size, least in (
+            ("vocab", vocab, 1),
+            ("blocks", blocks, 1),
+            ("memory_heads", memory_heads, 0),
+        ):
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, received {size}")
         hidden = mlp_hidden if mlp_hidden is not None else -(-width // 3) * 8
         self.head_dim = width // heads
         self.memory_enabled = True
@@ -255,7 +296,7 @@ class MemoryLM(nn.Module):
                 )
             self.blocks.append(AtlasMAGBlock(attention, memory, mlp_hidden=hidden))
         self.norm = nn.RMSNorm(width)
-        self._initialise()
+        self._start()
 
     # No jaxtyping shape on tokens: wrong ones are refused in words.
     def forward(
@@ -288,7 +329,7 @@ class MemoryLM(nn.Module):
             dtype=state_dtype(self.embedding.weight.dtype),
         )
         before: Sequence[BlockState | None] = [None] * len(self.blocks) if state is None else state.blocks
-        x = self.embedding(tokens)
+        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         gates, after = [], []
         for block, block_state in zip(self.blocks, before, strict=True):
             x, gate, block_state = block(
@@ -311,7 +352,7 @@ class MemoryLM(nn.Module):
         prompt: Int64[Tensor, "batch length"],
         new_tokens: int,
         *,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Int64[Tensor, "batch total"]:
@@ -339,15 +380,18 @@ class MemoryLM(nn.Module):
             sequence.append(fresh)
         return torch.cat(sequence, dim=1)
 
-    def _initialise(self) -> None:
-        """0.02 N(0, 1), and less by sqrt(2 blocks) for what is added to the residual stream."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=_INIT_STD)
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Tokens and logits of variance 1; blocks that add 1 / (2 blocks) of that each."""
+        nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
         for block in self.blocks:
-            assert isinstance(block, AtlasMAGBlock)
-            for linear in (block.o_proj, block.mlp.w1):
-                nn.init.normal_(linear.weight, std=_INIT_STD / (2 * len(self.blocks)) ** 0.5)
+            block.start(added_variance=1 / (2 * len(self.blocks)))
+
+
+def _unit(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """x / sqrt(|x|^2 + 1e-6), which has a slope at zero too; taken in float32 at least."""
+    wide = widened(x)
+    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _log_decay(logits: Float[Tensor, "batch length heads"]) -> Float[Tensor, "batch heads length"]:
@@ -356,7 +400,7 @@ def _log_decay(logits: Float[Tensor, "batch length heads"]) -> Float[Tensor, "ba
 
 def _sample(
     logits: Float[Tensor, "batch vocab"],
-    temperature: float,
+    temperature: float | int,
     top_k: int | None,
     generator: torch.Generator | None,
 ) -> Int64[Tensor, "batch 1"]:

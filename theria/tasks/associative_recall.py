@@ -8,7 +8,7 @@ i) and the specification alone, so it comes out the same in any batch, on any wo
 
 import dataclasses
 from enum import IntEnum
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
@@ -17,7 +17,7 @@ from torch import Tensor
 from theria.tasks.philox import WORD_BITS, philox_4x32, uniform_integers
 from theria.tasks.synthetic_seqcls import STREAMS, Stream
 
-Control = Literal["none", "never_stored", "previous_shard"]
+CONTROLS = ("none", "never_stored", "previous_shard")
 
 IGNORED = -100
 """Label of a token that has no answer, as ``torch.nn.functional.cross_entropy`` leaves it out."""
@@ -135,9 +135,9 @@ def sample_recall(
     *,
     seed: int,
     epoch: int,
-    stream: Stream,
+    stream: str,
     filler: Int64[Tensor, "batch length"] | None = None,
-    control: Control = "none",
+    control: str = "none",
 ) -> RecallBatch:
     """The sequences of the given numbers, on the device of sequence_ids, which is not read back.
 
@@ -158,9 +158,9 @@ def sample_recall(
         ValueError: for an unknown stream or control, a number out of range, or "never_stored" with fewer than
             max_pairs + queries keys.
     """
-    if stream not in STREAMS or control not in get_args(Control):
+    if stream not in STREAMS or control not in CONTROLS:
         raise ValueError(
-            f"stream must be one of {', '.join(STREAMS)} and control one of {', '.join(get_args(Control))}, "
+            f"stream must be one of {', '.join(STREAMS)} and control one of {', '.join(CONTROLS)}, "
             f"received {stream!r} and {control!r}"
         )
     if not 0 <= epoch < 2**WORD_BITS:

@@ -99,9 +99,7 @@ def test_no_gradient_crosses_a_shard_boundary_and_all_cross_within(draw, rule, b
     for inside in (True, False):
         own = {name: t for name, t in options(rule, a).items() if t is not None}
         leaves = [t.clone().requires_grad_() for t in (a.k, a.v, *own.values())]
-        out, state = memory(
-            a.q, *leaves[:2], segment_ids=ids, **dict(zip(own, leaves[2:], strict=True))
-        )
+        out, state = memory(a.q, *leaves[:2], segment_ids=ids, **dict(zip(own, leaves[2:], strict=True)))
         if inside:
             total = out[:, :, :boundary].square().sum()
         else:
@@ -268,7 +266,11 @@ def test_through_the_projected_query_fewer_pairs_fit(rule):
     [
         ("delta", {"v": torch.zeros(1, 2, 4, 5)}, "received (1, 2, 3, 4), (1, 2, 3, 4) and (1, 2, 4, 5)"),
         ("delta", {"k": torch.zeros(1, 2, 3, 5)}, "q and k must be (batch, heads, length, key_dim)"),
-        ("delta", {"beta": torch.zeros(1, 2)}, "beta must be (batch, heads, length) = (1, 2, 3), received (1, 2)"),
+        (
+            "delta",
+            {"beta": torch.zeros(1, 2)},
+            "beta must be (batch, heads, length) = (1, 2, 3), received (1, 2)",
+        ),
         ("delta", {"log_decay": torch.zeros(1, 2, 3)}, "rule 'delta' received one"),
         ("gated_delta", {}, "log_decay is what rule 'gated_delta' needs"),
     ],

@@ -1,6 +1,7 @@
 """Gates, the polarisation loss and its gradient, the schedule as state, and the statistics."""
 
 import io
+import itertools
 import math
 
 import pytest
@@ -67,7 +68,7 @@ def test_the_schedule_holds_then_falls(shape, middle):
     assert weights[:11] == pytest.approx([10.0] * 11)
     assert weights[55] == pytest.approx(middle)
     assert weights[100:] == pytest.approx([0.1] * 21)
-    assert all(a >= b for a, b in zip(weights, weights[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(weights))
     assert weights[12] < 10
 
 

@@ -1,5 +1,7 @@
 """The short convolution against sums over tokens, and its stop at shard boundaries."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_calls_one_after_another_are_one_call(taps, cuts, packed):
     conv, x, ids = case(taps)
     expected, last = conv(x, segment_ids=ids if packed else None)
     state, parts = None, []
-    for first, end in zip(cuts, cuts[1:], strict=False):
+    for first, end in itertools.pairwise(cuts):
         here = slice(first, end)
         out, state = conv(x[:, here], segment_ids=ids[:, here] if packed else None, state=state)
         parts.append(out)

@@ -1,5 +1,6 @@
 """Window attention against an explicit mask: shards, windows, caches and rotary positions."""
 
+import itertools
 import math
 
 import pytest
@@ -105,7 +106,7 @@ def test_calls_one_after_another_are_one_call(cuts, packed, window):
     attention, x, ids = case(window)
     expected, _ = attention(x, rotation(17, 6), segment_ids=ids if packed else None)
     state, parts = None, []
-    for first, end in zip(cuts, cuts[1:], strict=False):
+    for first, end in itertools.pairwise(cuts):
         here = slice(first, end)
         turn = rotation(end - first, 6, first)
         out, state = attention(x[:, here], turn, segment_ids=ids[:, here] if packed else None, state=state)

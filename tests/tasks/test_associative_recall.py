@@ -105,8 +105,7 @@ def test_needles_in_the_previous_shard():
     batch, plain = sample(control="previous_shard"), sample()
     assert torch.equal(batch.tokens, plain.tokens)
     queried, stored = (
-        batch.segment_ids.gather(1, positions)
-        for positions in (batch.query_positions, batch.value_positions)
+        batch.segment_ids.gather(1, positions) for positions in (batch.query_positions, batch.value_positions)
     )
     assert (queried == 1).all()
     assert (stored == 0).all()

@@ -1,11 +1,13 @@
 """Memories that a sequence writes and reads: persistent, projected, associative; and the gates before them.
 
-Everything is causal, per head and per sequence, carries a state of constant size, and starts afresh where a shard
-begins. ``causal_projection`` is the functional core, ``QKProjection`` and ``AssociativeMemory`` the modules.
+Everything is causal, per head and per sequence, carries a state of constant size, and starts afresh where a
+shard begins. ``causal_projection`` is the functional core, ``QKProjection`` and ``AssociativeMemory`` are the
+modules over it, ``MemoryBranch`` is what a language model puts beside its attention.
 """
 
 from theria.memory.accumulator import resolve_kernel
 from theria.memory.atlas import AtlasMemory, GatedMLP
+from theria.memory.branch import MemoryBranch, MemoryState
 from theria.memory.gates import (
     GateStatistics,
     PolarizationSchedule,
@@ -31,6 +33,8 @@ __all__ = [
     "ConvState",
     "GateStatistics",
     "GatedMLP",
+    "MemoryBranch",
+    "MemoryState",
     "PersistentMemory",
     "PolarizationSchedule",
     "ProjectionState",

@@ -18,7 +18,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 def resolve_kernel(
     query: Tensor, key: Tensor, *, chunk_size: int = 64, kernel: str = "auto"
 ) -> Literal["tensor", "fla"]:
-    """The kernel that a call takes: a pure function of the inputs' attributes, autocast and what is installed.
+    """The kernel that a call takes: a pure function of the inputs' attributes, autocast and the installation.
 
     "auto" takes flash-linear-attention's chunk kernels where they compute the call (CUDA, half precision or
     autocast to it, keys up to 256 wide, chunks of 16, 32 or 64, the package installed) and the sequence
@@ -78,8 +78,8 @@ def causal_read(
     the caller. For the Hebbian rule beta is the strength of a write, and there is no decay.
 
     Returns:
-        The reads in the state's dtype, and the state (batch, heads, key_dim, value_dim) in float32, or float64
-        for float64.
+        The reads in the state's dtype, and the state (batch, heads, key_dim, value_dim) in float32, or in
+        float64 for float64.
     """
     name = resolve_kernel(query, key, chunk_size=chunk_size, kernel=kernel)
     dtype = _autocast_dtype(query) if name == "fla" else state_dtype(query.dtype)

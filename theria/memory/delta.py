@@ -1,4 +1,4 @@
-"""The delta rule in chunks: what a key would read back is corrected towards its value, with no loop over tokens.
+"""The delta rule in chunks: what a key would read back is corrected towards its value, no token in a loop.
 
 Yang, Wang, Zhang, Shen and Kim, "Parallelizing linear transformers with the delta rule over sequence length",
 2024 (arXiv 2406.06484), section 3.2; gated: Yang, Kautz and Hatamizadeh, "Gated delta networks", 2024 (arXiv
@@ -30,11 +30,12 @@ def delta_read(
     Every token adds k_t u_t^T, so that within a chunk u solves a unit lower triangular system,
 
     .. math::
-        u_t = \beta_t (v_t - \gamma_t S_n^T k_t) - \beta_t \sum_{j<t} \frac{\gamma_t}{\gamma_j} (k_t \cdot k_j) u_j
+        u_t = \beta_t (v_t - \gamma_t S_n^T k_t)
+              - \beta_t \sum_{j<t} \frac{\gamma_t}{\gamma_j} (k_t \cdot k_j) u_j
 
     with gamma the decay since the chunk began. The system is solved for all chunks at once, for the part
-    that the chunk's state S_n leaves alone and for the factor of S_n. What remains is a recurrence over chunks
-    whose every step is two matrix products. Its factors are matrices, so it is a loop.
+    that the chunk's state S_n leaves alone and for the factor of S_n. What remains is a recurrence over
+    chunks whose every step is two matrix products. Its factors are matrices, so it is a loop.
 
     Args:
         query, key, value, ranks, initial, chunk_size: as for ``theria.memory.hebbian.hebbian_read``.
@@ -83,7 +84,7 @@ def _decays(
     Float[Tensor, "batch heads chunks chunk"],
     Float[Tensor, "batch heads chunks"],
 ]:
-    """Decay between pairs of tokens, from the chunk's start, to its end, and over all of it; 0 across shards."""
+    """Decay between two tokens, from a chunk's start, to its end, and over all of it; 0 across shards."""
     # of the token's own shard alone: a difference of sums over more would leave rounding in the derivatives
     since = log_decay.cumsum(dim=-1) if reach.ends is None else _shard_sums(log_decay, reach)
     pairs = since.unsqueeze(-1) - since.unsqueeze(-2)

@@ -1,9 +1,9 @@
 """The accumulators by flash-linear-attention's chunk kernels, an optional package (``theria[fla]``).
 
-What those kernels leave out is added here or refused by name. Shards are not given to them as a list of lengths,
-which would be read back from the device: a decay of exp(-128), zero in their float32 state and scores, stands
-at each shard's first token, so the cut is exact. There is no second derivative: asking for one raises. Facts
-about the package are those of its version 0.6.0.
+What those kernels leave out is added here or refused by name. Shards are not given to them as a list of
+lengths, which would be read back from the device: a decay of exp(-128), zero in their float32 state and
+scores, stands at each shard's first token, so the cut is exact. There is no second derivative: asking for one
+raises. Facts about the package are those of its version 0.6.0.
 """
 
 import importlib
@@ -25,8 +25,8 @@ MAX_KEY_DIM = 256
 CHUNK_SIZES = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
 
-# exp(-128) is below half of float32's least number. A power of two, and not larger than needed: the kernels add
-# up a chunk's log decays in float32, where it must not swallow those of the gate.
+# exp(-128) is below half of float32's least number. A power of two, and not larger than needed: the kernels
+# add up a chunk's log decays in float32, where it must not swallow those of the gate.
 _RESET = -128.0
 
 
@@ -56,7 +56,7 @@ def fla_read(
     initial: Float[Tensor, "batch heads key_dim value_dim"],
     chunk_size: int,
 ) -> tuple[Float[Tensor, "batch heads length value_dim"], Float[Tensor, "batch heads key_dim value_dim"]]:
-    """``hebbian_read`` (beta and log_decay None) or ``delta_read``, in half precision with a float32 state."""
+    """``hebbian_read`` (beta and log_decay None) or ``delta_read``: half precision, a float32 state."""
     decay = _with_resets(log_decay, ranks, query)
     arguments: dict[str, Any] = {
         "q": query.transpose(1, 2),

@@ -1,4 +1,4 @@
-"""Gates between attention and memory: the gate, the loss that polarises it, its schedule and its statistics."""
+"""Gates between attention and memory: the gate, the loss that polarises it, its schedule, its statistics."""
 
 import math
 from typing import NamedTuple
@@ -47,11 +47,11 @@ def polarization_loss(gates: Float[Tensor, "*gates"]) -> Float[Tensor, ""]:
 class PolarizationSchedule(nn.Module):
     r"""The weight lambda(t) of the polarisation loss, t being the steps counted so far.
 
-    lambda is ``initial`` over the first ``hold`` of ``steps``, then falls to ``final`` at the last step and stays
-    there: with p the part of the fall that is done, by initial + (final - initial) p ("linear"), by the same
-    with (1 - cos(pi p)) / 2 for p ("cosine"), or by initial (final / initial)^p ("exponential"). The count is
-    a buffer: it is part of a checkpoint, and no value is read back from the device. To do without the loss,
-    set ``initial`` and ``final`` to 0 ("linear").
+    lambda is ``initial`` over the first ``hold`` of ``steps``, then falls to ``final`` at the last step and
+    stays there: with p the part of the fall that is done, by initial + (final - initial) p ("linear"), by the
+    same with (1 - cos(pi p)) / 2 for p ("cosine"), or by initial (final / initial)^p ("exponential"). The
+    count is a buffer: it is part of a checkpoint, and no value is read back from the device. To do without
+    the loss, set ``initial`` and ``final`` to 0 ("linear").
 
     Args:
         steps: length of the schedule.

@@ -1,4 +1,4 @@
-"""What was seen, projected onto a query, and what was stored, read back: two views of one causal accumulator."""
+"""What was seen, projected onto a query, and what was stored, read back: one causal accumulator, twice."""
 
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ def causal_projection(
         NotImplementedError: if kernel="fla" cannot do the call.
     """
     _check_projection(q, k, m_persistent, norm_persistent)
-    batch, heads, length, dim = q.shape
+    batch, _, length, _ = q.shape
     dtype = state_dtype(q.dtype)
     m_persistent, norm_persistent = m_persistent.to(dtype), norm_persistent.to(dtype)
     if state is None:
@@ -290,10 +290,12 @@ def _check_memory(
     for name, tensor in (("beta", beta), ("log_decay", log_decay)):
         if tensor is not None and tensor.shape != q.shape[:3]:
             raise ValueError(
-                f"{name} must be (batch, heads, length) = {tuple(q.shape[:3])}, received {tuple(tensor.shape)}"
+                f"{name} must be (batch, heads, length) = {tuple(q.shape[:3])}, "
+                f"received {tuple(tensor.shape)}"
             )
     if (log_decay is not None) != (rule == "gated_delta"):
         received = "none" if log_decay is None else "one"
         raise ValueError(
-            f"log_decay is what rule 'gated_delta' needs and no other takes; rule {rule!r} received {received}"
+            f"log_decay is what rule 'gated_delta' needs and no other takes; "
+            f"rule {rule!r} received {received}"
         )

@@ -1,4 +1,4 @@
-"""Sliding-window self-attention with rotary positions, a bounded cache, and shards that do not see one another."""
+"""Sliding-window self-attention: rotary positions, a bounded cache, and shards that do not see each other."""
 
 import math
 from typing import NamedTuple

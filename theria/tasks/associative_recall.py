@@ -2,8 +2,8 @@
 
     filler ... key value ... filler ... key value ... | gap | ... key ANSWER ... filler ... key ANSWER ...
 
-Keys and values are tokens of their own. Only the answers have labels. Sequence i is a function of (seed, stream, epoch,
-i) and the specification alone, so it comes out the same in any batch, on any worker and any rank.
+Keys and values are tokens of their own. Only the answers have labels. Sequence i is a function of (seed,
+stream, epoch, i) and the specification alone, so it comes out the same in any batch, on any worker and rank.
 """
 
 import dataclasses
@@ -77,8 +77,8 @@ class RecallSpec:
         if self.query_span < 2 * self.queries or self.pair_span < 2 * self.max_pairs:
             raise ValueError(
                 f"{self.queries} queries need {2 * self.queries} tokens of query_span {self.query_span}, and "
-                f"{self.max_pairs} pairs need {2 * self.max_pairs} tokens of the {self.pair_span} that length "
-                f"{self.length} leaves before them at min_distance {self.min_distance}"
+                f"{self.max_pairs} pairs need {2 * self.max_pairs} tokens of the {self.pair_span} that "
+                f"length {self.length} leaves before them at min_distance {self.min_distance}"
             )
         if min(self.min_distance, self.first_key, self.first_value) < 0 or self.num_noise < 1:
             raise ValueError(

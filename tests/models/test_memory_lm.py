@@ -251,6 +251,15 @@ def test_bfloat16_autocast_keeps_states_and_gates_in_float32():
     assert (out.logits.float() - expected.logits).norm() < 0.1 * expected.logits.norm()
 
 
+@RULES
+def test_nothing_is_read_back_from_the_device(rule):
+    # A tensor on the meta device has no values: looking at one raises.
+    lm = model(rule=rule).to("meta")
+    x = torch.zeros(2, 23, dtype=torch.int64, device="meta")
+    out = lm(x, segment_ids=x)
+    assert lm(x, segment_ids=x, state=out.state).logits.shape == (2, 23, 40)
+
+
 def test_functional_transforms_see_the_model():
     lm, x = model(), tokens()
     parameters = {name: p.detach() for name, p in lm.named_parameters()}
@@ -335,9 +344,9 @@ def test_wrong_calls_are_named():
         expected = f"tokens must be (batch, length >= 1), received {shape}"
         with pytest.raises(ValueError, match=re.escape(expected)):
             lm(torch.zeros(shape, dtype=torch.int64))
-    state = model(blocks=1)(tokens()).state
-    with pytest.raises(ValueError, match="the state must have 2 blocks, as the model, received 1"):
-        lm(tokens(), state=state)
+    for other in (model(blocks=1), model(memory_heads=0)):
+        with pytest.raises(ValueError, match="must be of 2 blocks, 2 of them with memory, received"):
+            lm(tokens(), state=other(tokens()).state)
     for change in ({"new_tokens": -1}, {"temperature": -0.5}, {"top_k": 0}):
         with pytest.raises(ValueError, match="new_tokens and temperature must be at least 0"):
             lm.generate(tokens(), **({"new_tokens": 3} | change))

@@ -42,7 +42,7 @@ def hebbian_read(
         return value, initial
     chunk = min(chunk_size, length)
     q, k, v = (in_chunks(t, chunk) for t in (query, key, value))
-    groups = len(q.split(CHUNKS_AT_ONCE, dim=2))
+    groups = -(-q.shape[2] // CHUNKS_AT_ONCE)
     parts = [groups_of(t, CHUNKS_AT_ONCE, groups) for t in (q, k, v, ranks_in_chunks(ranks, chunk))]
     state, before, reads = initial, None, []
     for q_group, k_group, v_group, rank_group in zip(*parts, strict=True):
@@ -59,6 +59,9 @@ def running_sum(
     chunk_size: int,
 ) -> tuple[Float[Tensor, "batch heads length"], Float[Tensor, "batch heads"]]:
     """The sum over a token's shard up to and with the token, begun at ``initial`` where the rank is 0."""
+    if ranks is None and amount.shape[-1]:
+        total = initial.unsqueeze(-1) + amount.cumsum(dim=-1)
+        return total, total[..., -1]
     ones = torch.ones_like(amount).unsqueeze(-1)
     total, final = hebbian_read(ones, ones, amount.unsqueeze(-1), ranks, initial[..., None, None], chunk_size)
     return total.squeeze(-1), final[..., 0, 0]
@@ -80,8 +83,7 @@ def _read_group(
     if reach.reads is not None and reach.writes is not None:
         query = query.masked_fill(~reach.reads.unsqueeze(-1), 0)
         key = key.masked_fill(~reach.writes.unsqueeze(-1), 0)
-    written = (key.mT @ value).flatten(-2)
+    written = torch.cat((state.unsqueeze(2), key.mT @ value), dim=2).flatten(-2)
     weights = survival(reach, chunks, query.device).to(query.dtype)
-    states = weights[..., 1:] @ written + weights[..., :1] * state.flatten(-2).unsqueeze(2)
-    states = states.unflatten(-1, state.shape[-2:])
+    states = (weights @ written).unflatten(-1, state.shape[-2:])
     return scores @ value + query @ states[:, :, :-1], states[:, :, -1]

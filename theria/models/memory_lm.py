@@ -209,10 +209,8 @@ class MemoryLM(nn.Module):
         """
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be (batch, length >= 1), received {tuple(tokens.shape)}")
-        if state is not None and len(state.blocks) != len(self.blocks):
-            raise ValueError(
-                f"the state must have {len(self.blocks)} blocks, as the model, received {len(state.blocks)}"
-            )
+        if state is not None:
+            self._check_state(state)
         length = tokens.shape[1]
         position = 0 if state is None else state.position
         rotation = rotation_of(
@@ -239,6 +237,16 @@ class MemoryLM(nn.Module):
         logits = F.linear(self.norm(x), self.embedding.weight)
         stacked = torch.stack(gates) if gates else None
         return MemoryLMOutput(logits, stacked, MemoryLMState(position + length, tuple(after)))
+
+    def _check_state(self, state: MemoryLMState) -> None:
+        """Raise ValueError for a state that a model of other blocks, or with its memory off, has left."""
+        remember = [self.memory_enabled and block.memory is not None for block in self.blocks]
+        remembered = [block.memory is not None for block in state.blocks]
+        if remember != remembered:
+            raise ValueError(
+                f"the state must be of {len(remember)} blocks, {sum(remember)} of them with memory, received "
+                f"{len(remembered)} and {sum(remembered)}"
+            )
 
     @torch.no_grad()
     def generate(

@@ -68,8 +68,8 @@ def build_corpus(domains: Domains, *, val_fraction: float, test_fraction: float)
         for split, members in splits.items():
             if not members:
                 raise ValueError(
-                    f"domain {domain!r}: none of its {len(documents)} documents falls into the {split} split; "
-                    "give more documents, set max_document_bytes to cut long ones, or change the fractions"
+                    f"domain {domain!r}: none of its {len(documents)} documents falls into the {split} "
+                    "split; give more, set max_document_bytes to cut long ones, or change the fractions"
                 )
         texts[domain] = splits
     return Corpus(texts)

@@ -9,11 +9,11 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 _BUILT_IN = ("python_docs", "python_sources")
 # the topics module holds the prose itself, as one string a topic
@@ -58,9 +58,8 @@ class Domain:
     def __post_init__(self) -> None:
         given = [name for name in ("built_in", "files", "dataset") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(
-                f"a domain needs exactly one of built_in, files and dataset, got {' and '.join(given) or 'none'}"
-            )
+            got = " and ".join(given) or "none"
+            raise ValueError(f"a domain needs exactly one of built_in, files and dataset, got {got}")
         if self.built_in is not None and self.built_in not in _BUILT_IN:
             raise ValueError(f"built_in must be one of {', '.join(_BUILT_IN)}, got {self.built_in!r}")
         if not 0 < self.weight < float("inf"):
@@ -81,9 +80,7 @@ def read_documents(domain: Domain) -> list[Document]:
         return _python_sources(Path(sysconfig.get_paths()["stdlib"]))
     if domain.dataset is not None:
         return list(_dataset_rows(domain))
-    return [
-        document for path in _matching_files(domain.files) for document in _read_file(path, domain.field)
-    ]
+    return [document for path in _matching_files(domain.files) for document in _read_file(path, domain.field)]
 
 
 def _python_docs() -> list[Document]:
@@ -109,9 +106,7 @@ def _python_sources(root: Path) -> list[Document]:
 def _matching_files(patterns: list[str]) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
-        matches = {
-            Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)
-        }
+        matches = {Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)}
         matches = {path for path in matches if path.is_file()}
         if not matches:
             raise ValueError(f"no file matches {pattern!r} (in {Path.cwd()})")
@@ -137,7 +132,7 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    opener = _OPENERS.get(path.suffix, open)
+    opener: Callable[..., Any] = _OPENERS.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
             content: bytes = file.read()

@@ -1,10 +1,10 @@
 """Documents as one stream of tokens, and windows of it as sequences with shard boundaries.
 
-    stream   E d d d d E d d E d d d ...      E ends a document and so begins the next
-    tokens   d d d E d d E d    labels   d d E d d E d d    segment_ids   0 0 0 1 1 1 2 2
+    tokens       E a b c E d e E f ...
+    labels       a b c E d e E f ...       E leads every document, and so ends the one before
+    segment_ids  0 0 0 0 1 1 1 2 ...
 
-A label is the token that follows, of the last token of a document the E behind it: nothing before a boundary
-is needed to predict what is behind it, and every token of a text is predicted exactly once.
+A label is the token that follows, so every token of a text is predicted once, from its own document alone.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class TextBatch(NamedTuple):
         labels: the token to be predicted at each place, ``IGNORED`` where none is.
         segment_ids: from 0, non-decreasing; a new number begins a shard.
         recall_mask: labels that are answers of associative recall; all other labels are text.
-        num_bytes: bytes of text that a sequence's labels stand for; 0 in recall sequences. Bits per byte is
-            the sum of the losses over the sum of these, divided by ln 2.
+        num_bytes: bytes of text that a sequence's labels stand for, to a byte; 0 in recall sequences. Bits
+            per byte is the sum of the losses over the sum of these, divided by ln 2.
         source: number of the sequence's domain, in the order of the configuration; behind them recall.
         sample_ids: numbers of the sequences within their epoch.
     """
@@ -98,9 +98,7 @@ class TokenStream:
         return len(self.starts) - 1
 
 
-def cut_windows(
-    stream: TokenStream, first: Int64[Tensor, " batch"], length: int, *, pad: bool
-) -> Windows:
+def cut_windows(stream: TokenStream, first: Int64[Tensor, " batch"], length: int, *, pad: bool) -> Windows:
     """Windows of the given length.
 
     Args:
@@ -112,7 +110,6 @@ def cut_windows(
     size = len(stream)
     places = first[:, None] + torch.arange(length + 1)
     within, lap = places % size, places.div(size, rounding_mode="floor")
-    # int32 in between: few operations know the unsigned dtypes
     tokens = stream.tokens[within].to(torch.int64)
     documents = torch.searchsorted(stream.starts, within, right=True) - 1 + lap * stream.num_documents
     read, labels = tokens[:, :-1], tokens[:, 1:]

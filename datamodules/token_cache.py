@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from datamodules.atomic import replace_when_written
 from datamodules.corpus import SPLITS, Corpus, build_corpus, digest
@@ -100,7 +101,7 @@ class CorpusCache:
     def _write(self, path: Path, tokenizer: Tokenizer) -> None:
         corpus = self._built()
         dtype = torch.uint16 if tokenizer.num_tokens <= _LARGEST_UINT16 else torch.int32
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         record: dict[str, Any] = {
             "corpus_sha256": corpus.hash,
             "tokenizer": tokenizer.identity,
@@ -109,9 +110,7 @@ class CorpusCache:
         for domain, splits in corpus.texts.items():
             for split, texts in splits.items():
                 sizes = [len(text) for text in texts]
-                stream = TokenStream.of(
-                    tokenizer.encode(texts), sizes, end=tokenizer.num_tokens, dtype=dtype
-                )
+                stream = TokenStream.of(tokenizer.encode(texts), sizes, end=tokenizer.num_tokens, dtype=dtype)
                 tensors |= {f"{domain}/{split}/{part}": getattr(stream, part) for part in _PARTS}
                 record["domains"][domain][split] = {
                     "documents": stream.num_documents,

@@ -100,7 +100,7 @@ def test_the_position_counts_what_was_handed_out_and_resumes_there(played: int, 
     while len(seen) < played:
         seen += read(first, min(3, played - len(seen)))
     state = first.state_dict()
-    assert state == {"batches": played, "num_items": 6, "batch_size": 2}
+    assert state == {"batches": played, "num_items": 6, "batch_size": 2, "skipped": []}
     second = ResumableLoader(Echo(), Shard(6, 2), num_workers=num_workers)
     made_before_the_restore = iter(second)
     second.load_state_dict(state)

@@ -231,7 +231,7 @@ def test_what_was_read_is_recorded_and_reaches_the_loggers(folder: Path, tmp_pat
 
     logger = Keeper(tmp_path)
     data = CalibrationText(**settings(folder))
-    trainer(Saver(tmp_path), max_epochs=1, logger=logger).fit(Recorder(), data)
+    trainer(Saver(tmp_path), max_epochs=1, logger=logger, log_every_n_steps=1).fit(Recorder(), data)
     assert logger.kept["python_version"] == platform.python_version()
     assert logger.kept["corpus_sha256"] == data.record["corpus_sha256"]
     counts = logger.kept["corpus"]["lines"]

@@ -213,6 +213,21 @@ def test_a_pass_goes_on_where_the_position_is_put_in_its_middle(num_workers: int
     assert loader.state_dict()["batches"] == 10
 
 
+def test_a_pass_heeds_a_skip_or_a_restore_alone_at_once() -> None:
+    whole = stream(range(2), 20, 2)
+    skipping, restored = (ResumableLoader(Echo(), Shard(20, 2)) for _ in range(2))
+    state = restored.state_dict()
+    for loader, change, numbers in (
+        (skipping, lambda: skipping.skip(range(3, 9)), [0, 1, 2, 9]),
+        (restored, lambda: restored.load_state_dict(state), [0, 1, 0, 1]),
+    ):
+        reading = iter(loader)
+        seen = [next(reading)[:2] for _ in range(2)]
+        change()
+        seen += [next(reading)[:2] for _ in range(2)]
+        assert [tuple(batch) for batch in seen] == [whole[number] for number in numbers]
+
+
 def test_ranges_with_gaps_are_not_skipped() -> None:
     loader = ResumableLoader(Echo(), Shard(6, 2))
     for wrong in (range(0, 4, 2), range(-1, 2)):

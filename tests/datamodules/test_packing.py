@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +23,7 @@ def stream_of(documents: list[list[int]], bytes_per_token: int = 1) -> TokenStre
     )
 
 
+@settings(deadline=None, derandomize=True)
 @given(DOCUMENTS, st.integers(1, 12), st.booleans(), st.data())
 def test_windows_are_what_a_loop_reads(
     documents: list[list[int]], length: int, pad: bool, data: st.DataObject
@@ -49,6 +50,7 @@ def test_windows_are_what_a_loop_reads(
         assert tensor.is_contiguous()
 
 
+@settings(deadline=None, derandomize=True)
 @given(DOCUMENTS, st.integers(1, 12), st.integers(1, 3))
 def test_windows_side_by_side_predict_everything_once_and_count_every_byte(
     documents: list[list[int]], length: int, bytes_per_token: int
@@ -63,6 +65,7 @@ def test_windows_side_by_side_predict_everything_once_and_count_every_byte(
     assert (windows.num_bytes >= 0).all()
 
 
+@settings(deadline=None, derandomize=True)
 @given(DOCUMENTS, st.integers(1, 12), st.data())
 def test_bytes_of_a_window_are_its_labels_share(
     documents: list[list[int]], length: int, data: st.DataObject

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.tokenizers import ByteTokenizer, FileTokenizer, train_bpe
@@ -16,6 +16,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> FileTokenizer:
     return train_bpe(TRAINING, 270, tmp_path_factory.mktemp("bpe") / "t.json")
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.text(max_size=20), max_size=4))
 def test_bytes_are_tokens(texts: list[str]) -> None:
     encoded = [text.encode() for text in texts]
@@ -24,6 +25,7 @@ def test_bytes_are_tokens(texts: list[str]) -> None:
     assert [ByteTokenizer().decode(t.tolist()) for t in tokens] == texts
 
 
+@settings(deadline=None, derandomize=True)
 @given(texts=st.lists(st.text(max_size=20), max_size=4))
 def test_trained_tokens_give_any_text_back(texts: list[str], bpe: FileTokenizer) -> None:
     tokens = bpe.encode([text.encode() for text in texts])

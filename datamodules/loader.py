@@ -6,6 +6,7 @@ than subclass it, so that Lightning does not rebuild them around a sampler of it
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -108,9 +109,13 @@ class BatchLoader:
 class ResumableLoader(BatchLoader):
     """An endless stream of batches, epoch after epoch, read `len(loader)` batches a pass.
 
-    The position is one number, the batches handed out so far over all epochs; what workers have prefetched
-    does not count. Every pass goes on from the position, so the stream resumes exactly wherever it stopped.
-    Its epochs are its own: Lightning's epoch number runs ahead after some restarts.
+    The position is one number, that of the next batch of the stream; what workers have prefetched does not
+    count. Every pass goes on from the position, so the stream resumes exactly wherever it stopped; a
+    position that is set in the middle of a pass is where the pass goes on. Its epochs are its own:
+    Lightning's epoch number runs ahead after some restarts.
+
+    Batches of the stream can be skipped, by their numbers: they are passed over as if they were not there,
+    while all others stay what they are.
 
     Args:
         dataset: makes a batch from its index.
@@ -140,47 +145,99 @@ class ResumableLoader(BatchLoader):
             )
         super().__init__(dataset, shard, num_workers=num_workers, pin_memory=pin_memory)
         self.trainer = trainer
-        self._batches = 0
+        self._position = 0
+        self._last: int | None = None
+        self._skipped: list[range] = []
+        self._redirected = False
         self._processed_before_last: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         # A generator looks at the position when its first batch is asked for: Lightning makes iterators
         # that it never reads, and a position may be restored after one was made.
-        for batch in self._read(self._indices(self._batches)):
-            self._batches += 1
-            self._processed_before_last = self._processed()
-            yield batch
+        left = len(self)
+        while left:
+            self._redirected = False
+            # twice the same numbers: workers read ahead
+            read, given = (itertools.islice(self._numbers(self._position), left) for _ in range(2))
+            for number, batch in zip(given, self._read(map(self._index, read)), strict=True):
+                left -= 1
+                self._position, self._last = number + 1, number
+                self._processed_before_last = self._processed()
+                yield batch
+                if self._redirected:
+                    break
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and the sizes it counts in."""
-        interrupted = self.trainer is not None and self._processed() == self._processed_before_last
+    @property
+    def last_batch(self) -> int | None:
+        """Number of the batch handed out last, by which it can be skipped; None before the first."""
+        return self._last
+
+    @property
+    def skipped(self) -> list[range]:
+        """The numbers of the batches that are skipped, ascending and without overlap."""
+        return list(self._skipped)
+
+    def skip(self, batches: range) -> None:
+        """Pass over the batches of these consecutive numbers, wherever the stream comes to them.
+
+        Raises:
+            ValueError: the range has gaps or begins below 0.
+        """
+        if batches.step != 1 or batches.start < 0:
+            raise ValueError(f"batches to skip are consecutive numbers from 0 on, got {batches}")
+        self._skipped = _merged([*self._skipped, batches])
+        self._redirected = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the batches to skip, and the sizes they count in."""
+        interrupted = (
+            self.trainer is not None
+            and self._last is not None
+            and self._processed() == self._processed_before_last
+        )
         return {
-            "batches": self._batches - interrupted,
+            "batches": self._last if interrupted else self._position,
             "num_items": self.shard.num_items,
             "batch_size": self.shard.batch_size,
+            "skipped": [[batches.start, batches.stop] for batches in self._skipped],
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a position; one between two epochs may come from an epoch of other sizes.
+
+        The batches skipped are then those of the state alone; with other sizes, where their numbers mean
+        other items, none.
 
         Raises:
             ValueError: the position is in the middle of an epoch of other sizes, where it means other items.
         """
         saved = Shard(state_dict["num_items"], state_dict["batch_size"])
+        same = (saved.num_items, saved.batch_size) == (self.shard.num_items, self.shard.batch_size)
         epoch, within = divmod(state_dict["batches"], len(saved))
-        if within and (saved.num_items, saved.batch_size) != (self.shard.num_items, self.shard.batch_size):
+        if within and not same:
             raise ValueError(
                 f"the checkpoint stands {within} batches into an epoch of {saved.num_items} items in batches "
                 f"of {saved.batch_size}, but this run has {self.shard.num_items} items in batches of "
                 f"{self.shard.batch_size}: resume with the checkpoint's sizes, or from the end of an epoch"
             )
-        self._batches = epoch * len(self) + within
+        self._position = epoch * len(self) + within
+        # a state from before there was anything to skip has no such entry
+        self._skipped = _merged(range(*pair) for pair in state_dict.get("skipped", [])) if same else []
+        self._last = None
+        self._redirected = True
         self._processed_before_last = None
 
-    def _indices(self, first: int) -> Iterator[BatchIndex]:
-        for position in range(first, first + len(self)):
-            epoch, batch = divmod(position, len(self))
-            yield BatchIndex(epoch, self.shard.ids(batch))
+    def _numbers(self, first: int) -> Iterator[int]:
+        """Numbers of the batches from `first` on, without those to skip."""
+        # `skip` replaces this list and never changes it, so that a reader keeps its own
+        for batches in self._skipped:
+            yield from range(first, batches.start)
+            first = max(first, batches.stop)
+        yield from itertools.count(first)
+
+    def _index(self, number: int) -> BatchIndex:
+        epoch, batch = divmod(number, len(self))
+        return BatchIndex(epoch, self.shard.ids(batch))
 
     def _processed(self) -> int | None:
         """Batches the trainer has put through a training step, over all epochs."""
@@ -188,3 +245,14 @@ class ResumableLoader(BatchLoader):
             return None
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(total.processed)
+
+
+def _merged(ranges: Iterable[range]) -> list[range]:
+    """The same numbers in ascending ranges that do not touch."""
+    result: list[range] = []
+    for batches in sorted((batches for batches in ranges if batches), key=lambda batches: batches.start):
+        if result and batches.start <= result[-1].stop:
+            result[-1] = range(result[-1].start, max(result[-1].stop, batches.stop))
+        else:
+            result.append(batches)
+    return result

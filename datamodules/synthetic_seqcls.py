@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loader import BatchIndex, BatchLoader, ResumableLoader, Shard
+from datamodules.loader import BatchIndex, BatchLoader, Shard
+from datamodules.resumable import ResumableDataModule
 from theria.cuda_graph import CapturedFunction
 from theria.tasks.synthetic_seqcls import SeqClsSpec, Stream, TaskBatch, sample_tasks
 
@@ -54,7 +53,7 @@ def make_tasks(spec: SeqClsSpec, seed: int, request: TaskRequest) -> TaskBatch:
     return sample_tasks(spec, request.task_ids, seed=seed, epoch=request.epoch, stream=request.stream)
 
 
-class SyntheticSeqCls(LightningDataModule):
+class SyntheticSeqCls(ResumableDataModule):
     """Meta-batches of synthetic few-shot tasks; a module receives a `TaskBatch`.
 
     Every training epoch has new tasks, numbered from 0; validation and test tasks are the same at every pass.
@@ -130,51 +129,26 @@ class SyntheticSeqCls(LightningDataModule):
                 f"train_tasks_per_epoch = {train_tasks_per_epoch} is not a multiple of "
                 f"meta_batch_size = {meta_batch_size}"
             )
-        self.meta_batch_size = meta_batch_size
-        self.train_tasks_per_epoch = train_tasks_per_epoch
+        self.meta_batch_size = self.batch_size = meta_batch_size
+        self.train_tasks_per_epoch = self.samples_per_epoch = train_tasks_per_epoch
         self.val_tasks = val_tasks
         self.test_tasks = test_tasks
         self.seed = seed
         self.num_workers = num_workers
         self.cuda_graph = cuda_graph
         self._captured: CapturedFunction[TaskBatch] | None = None
-        self._train_loader: ResumableLoader | None = None
 
-    def setup(self, stage: str) -> None:
-        """Start the training stream; a Trainer that fits again goes on with it.
-
-        Raises:
-            ValueError: meta_batch_size does not divide over the ranks, or overfit_batches is set.
-        """
-        trainer = self.trainer
-        if stage != "fit" or trainer is None:
-            return
-        overfit_batches = getattr(trainer, "overfit_batches", 0)
-        if overfit_batches:
-            raise ValueError(
-                f"overfit_batches must be 0, got {overfit_batches}: "
-                "every pass over the training data has new tasks, there is nothing to overfit"
-            )
-        if self._train_loader is None or self._train_loader.trainer is not trainer:
-            self._train_loader = self._new_train_loader()
-
-    def train_dataloader(self) -> ResumableLoader:
-        """New tasks every epoch; resumable at any batch."""
-        if self._train_loader is None:
-            self._train_loader = self._new_train_loader()
-        return self._train_loader
+    def train_dataset(self) -> TaskDataset:
+        """New tasks every epoch."""
+        return self._dataset("train", self.train_tasks_per_epoch)
 
     def val_dataloader(self) -> BatchLoader:
         """The validation tasks, the same at every pass."""
-        return BatchLoader(
-            self._dataset("validation", self.val_tasks), self._shard(self.val_tasks), **self._worker_options
-        )
+        return self.evaluation_loader(self._dataset("validation", self.val_tasks), self.val_tasks)
 
     def test_dataloader(self) -> BatchLoader:
         """The test tasks, the same at every pass."""
-        return BatchLoader(
-            self._dataset("test", self.test_tasks), self._shard(self.test_tasks), **self._worker_options
-        )
+        return self.evaluation_loader(self._dataset("test", self.test_tasks), self.test_tasks)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Tasks for the numbers that came over; anything else passes."""
@@ -187,35 +161,6 @@ class SyntheticSeqCls(LightningDataModule):
         # Lightning converts to the trainer's precision before the transfer, when there were no tasks yet.
         return tasks if self.trainer is None else self.trainer.precision_plugin.convert_input(tasks)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The settings that determine the tasks, and the position in the training stream."""
-        position = None if self._train_loader is None else self._train_loader.state_dict()
-        return {"settings": self._settings(), "position": position}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the training stream, and warn when it goes on with other settings.
-
-        Lightning restores a loader's state only where it takes up an unfinished epoch; this is called always.
-
-        Raises:
-            ValueError: the checkpoint stands in the middle of an epoch, of other sizes than this run's.
-        """
-        if self.trainer is not None and not self.trainer.training:
-            return
-        saved = state_dict["settings"]
-        changed = [
-            f"{name} = {saved.get(name)!r} (now {value!r})"
-            for name, value in self._settings().items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            rank_zero_warn(
-                f"The checkpoint was trained with {', '.join(changed)}: "
-                "from here on the tasks are those of this run's settings."
-            )
-        if state_dict["position"] is not None:
-            self.train_dataloader().load_state_dict(state_dict["position"])
-
     def _replayed(self, request: TaskRequest) -> TaskBatch:
         inputs = (request.epoch, request.task_ids)
         if self._captured is None or not self._captured.fits(inputs):
@@ -226,7 +171,8 @@ class SyntheticSeqCls(LightningDataModule):
             self._captured = CapturedFunction(make, inputs)
         return self._captured(*inputs)
 
-    def _settings(self) -> dict[str, int | float]:
+    def settings(self) -> dict[str, Any]:
+        """Those of the tasks, and how many there are of them."""
         return {
             **dataclasses.asdict(self.spec),
             "meta_batch_size": self.meta_batch_size,
@@ -236,32 +182,16 @@ class SyntheticSeqCls(LightningDataModule):
             "seed": self.seed,
         }
 
-    @property
-    def _worker_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": self.num_workers > 0 and torch.cuda.is_available(),
-        }
-
-    def _new_train_loader(self) -> ResumableLoader:
-        return ResumableLoader(
-            self._dataset("train", self.train_tasks_per_epoch),
-            self._shard(self.train_tasks_per_epoch),
-            trainer=self.trainer,
-            **self._worker_options,
-        )
-
     def _dataset(self, stream: Stream, num_tasks: int) -> TaskDataset:
         return TaskDataset(
             self.spec, seed=self.seed, stream=stream, num_tasks=num_tasks, sample=self.num_workers > 0
         )
 
-    def _shard(self, num_tasks: int) -> Shard:
-        trainer = self.trainer
-        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+    def _shard(self, num_items: int) -> Shard:
+        world_size = 1 if self.trainer is None else self.trainer.world_size
         if self.meta_batch_size % world_size:
             raise ValueError(
                 f"meta_batch_size = {self.meta_batch_size} does not divide over {world_size} ranks: "
                 f"make it a multiple of {world_size}"
             )
-        return Shard(num_tasks, self.meta_batch_size, rank=rank, world_size=world_size)
+        return super()._shard(num_items)

@@ -100,7 +100,7 @@ def test_the_position_counts_what_was_handed_out_and_resumes_there(played: int, 
     while len(seen) < played:
         seen += read(first, min(3, played - len(seen)))
     state = first.state_dict()
-    assert state == {"batches": played, "num_items": 6, "batch_size": 2}
+    assert state == {"batches": played, "num_items": 6, "batch_size": 2, "skipped": []}
     second = ResumableLoader(Echo(), Shard(6, 2), num_workers=num_workers)
     made_before_the_restore = iter(second)
     second.load_state_dict(state)
@@ -156,3 +156,80 @@ def test_loading_leaves_the_global_random_state_alone(num_workers: int) -> None:
     state = torch.random.get_rng_state()
     read(ResumableLoader(Echo(), Shard(6, 2), num_workers=num_workers))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@forks
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_batches_are_passed_over_and_all_others_stay_what_they_are(num_workers: int) -> None:
+    loader = ResumableLoader(Echo(), Shard(6, 2), num_workers=num_workers)
+    for batches in (range(4, 6), range(1, 2), range(5, 8), range(9, 9)):
+        loader.skip(batches)
+    assert loader.skipped == [range(1, 2), range(4, 8)]
+    numbers = [0, 2, 3, 8, 9, 10]
+    whole = stream(range(4), 6, 2)
+    assert read(loader) + read(loader) == [whole[number] for number in numbers]
+    assert loader.last_batch == 10
+
+
+@forks
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_skipped_is_part_of_the_state(num_workers: int) -> None:
+    first = ResumableLoader(Echo(), Shard(6, 2), num_workers=num_workers)
+    first.skip(range(1, 4))
+    seen = read(first, 2)
+    state = first.state_dict()
+    assert state == {"batches": 5, "num_items": 6, "batch_size": 2, "skipped": [[1, 4]]}
+    first.skip(range(5, 6))
+    assert first.state_dict()["skipped"] == [[1, 4], [5, 6]]
+    second = ResumableLoader(Echo(), Shard(6, 2), num_workers=num_workers)
+    second.skip(range(100))
+    second.load_state_dict(state)
+    assert second.skipped == [range(1, 4)]
+    whole = stream(range(4), 6, 2)
+    assert seen + read(second) == [whole[number] for number in (0, 4, 5, 6, 7)]
+    second.load_state_dict({"batches": 0, "num_items": 6, "batch_size": 2})
+    assert second.skipped == []
+    other = ResumableLoader(Echo(), Shard(6, 3), num_workers=num_workers)
+    other.load_state_dict(state | {"batches": 3})
+    assert other.skipped == []
+
+
+@forks
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_goes_on_where_the_position_is_put_in_its_middle(num_workers: int) -> None:
+    """As a rollback does: back to a state, and past the batches that were at fault."""
+    loader = ResumableLoader(Echo(), Shard(20, 2), num_workers=num_workers)
+    whole = stream(range(2), 20, 2)
+    reading = iter(loader)
+    before = [next(reading)[:2] for _ in range(3)]
+    state = loader.state_dict()
+    failed = [next(reading)[:2] for _ in range(3)]
+    assert loader.last_batch == 5
+    loader.load_state_dict(state)
+    loader.skip(range(loader.state_dict()["batches"] + 1, 7))
+    after = [batch[:2] for batch in reading]
+    assert [tuple(batch) for batch in before + failed] == whole[:6]
+    assert [tuple(batch) for batch in after] == [whole[number] for number in (3, 7, 8, 9)]
+    assert loader.state_dict()["batches"] == 10
+
+
+def test_a_pass_heeds_a_skip_or_a_restore_alone_at_once() -> None:
+    whole = stream(range(2), 20, 2)
+    skipping, restored = (ResumableLoader(Echo(), Shard(20, 2)) for _ in range(2))
+    state = restored.state_dict()
+    for loader, change, numbers in (
+        (skipping, lambda: skipping.skip(range(3, 9)), [0, 1, 2, 9]),
+        (restored, lambda: restored.load_state_dict(state), [0, 1, 0, 1]),
+    ):
+        reading = iter(loader)
+        seen = [next(reading)[:2] for _ in range(2)]
+        change()
+        seen += [next(reading)[:2] for _ in range(2)]
+        assert [tuple(batch) for batch in seen] == [whole[number] for number in numbers]
+
+
+def test_ranges_with_gaps_are_not_skipped() -> None:
+    loader = ResumableLoader(Echo(), Shard(6, 2))
+    for wrong in (range(0, 4, 2), range(-1, 2)):
+        with pytest.raises(ValueError, match="consecutive numbers from 0 on"):
+            loader.skip(wrong)

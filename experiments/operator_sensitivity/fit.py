@@ -33,11 +33,18 @@ PROBES = 5
 
 FAILED, NON_FINITE = "FAILED", "NON_FINITE"
 _PRESENT = 1e-8
-_KEPT = ("loss", "query_accuracy", "grad_norm_q_proj", "grad_norm_k_proj", "grad_norm_v_proj", "grad_norm_head")
+_KEPT = (
+    "loss",
+    "query_accuracy",
+    "grad_norm_q_proj",
+    "grad_norm_k_proj",
+    "grad_norm_v_proj",
+    "grad_norm_head",
+)
 
 
 def prepare_process() -> None:
-    """What a process that runs needs once: one CPU thread, so that results do not hang on how many there are."""
+    """What a process needs once; one CPU thread, so that results do not depend on how many there are."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     keep_freed_memory()
@@ -87,7 +94,10 @@ def train(run: Run) -> tuple[dict[str, object], Curves]:
         "mean_outer_step_time_s": step_time(rows, probe.seconds),
         "peak_cuda_mem_bytes": probe.peak_bytes if run.device == "cuda" else "",
     }
-    return figures | behaviour(curves), curves
+    figures |= behaviour(curves)
+    if probe.failure and not figures["error"]:
+        figures["error"] = f"the probe of second order: {probe.failure}"
+    return figures, curves
 
 
 def fit(
@@ -158,7 +168,9 @@ def behaviour(curves: Curves) -> dict[str, object]:
     finite = np.isfinite(loss)
     fall = float(loss[:LAST_STEPS].mean() - loss[-LAST_STEPS:].mean())
     attention = math.hypot(*norms.values())
-    broken = "" if finite.all() else f"the query loss is not finite at outer step {int(np.argmin(finite)) + 1}"
+    broken = (
+        "" if finite.all() else f"the query loss is not finite at outer step {int(np.argmin(finite)) + 1}"
+    )
     return {
         "final_loss": float(last["loss"].mean()),
         "final_acc": float(last["query_accuracy"].mean()),
@@ -190,5 +202,3 @@ def _steps_to(loss: NDArray[np.float64], share: float, fall: float) -> int | str
         return ""
     running = np.convolve(loss, np.ones(LAST_STEPS) / LAST_STEPS, mode="valid")
     return int(np.argmax(running <= running[0] - share * fall)) + LAST_STEPS
-
-

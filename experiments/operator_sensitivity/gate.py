@@ -49,7 +49,7 @@ class Verdict:
 
 
 def judge(gated: Sequence[Run], table: pd.DataFrame, overridden: Collection[str] = ()) -> Verdict:
-    """Whether the reference grid beside the gated runs is complete, and the task hard enough to tell modes apart.
+    """Whether the gated runs' reference grid is complete, and the task tells the modes apart.
 
     Args:
         gated: the runs that wait.

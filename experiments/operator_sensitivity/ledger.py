@@ -135,7 +135,9 @@ def _read(path: Path) -> pd.DataFrame:
     if not whole:
         return pd.DataFrame(columns=list(COLUMNS))
     _check_header(whole, path)
-    table = pd.read_csv(io.BytesIO(whole), dtype={"run_id": str, "error": str, "versions": str, "commit": str})
+    table = pd.read_csv(
+        io.BytesIO(whole), dtype={"run_id": str, "error": str, "versions": str, "commit": str}
+    )
     return table.fillna({"error": ""})
 
 

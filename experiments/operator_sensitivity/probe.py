@@ -11,6 +11,7 @@ from experiments.operator_sensitivity.operator import ATTENTION_MODULES, second_
 from experiments.operator_sensitivity.runs import Run
 from lightning_modules import MetaSeqClassifier
 from theria.curvature import relative_difference
+from theria.curvature.verdicts import one_line
 from theria.maml import MetaMode, meta_gradient
 from theria.tasks.synthetic_seqcls import TaskBatch
 
@@ -32,6 +33,7 @@ class OperatorProbe(Callback):
         attn_rel_diff: the same over q_proj, k_proj and v_proj: the attention-local second-order signal.
         attn_path: see `second_order_magnitude`.
         seconds: what each measurement took.
+        failure: the error that ended the measurements, or nothing.
         peak_bytes: largest CUDA memory of the training around the measurements; 0 on a CPU.
     """
 
@@ -42,6 +44,7 @@ class OperatorProbe(Callback):
         self.attn_path: list[float] = []
         self.seconds: list[float] = []
         self.peak_bytes = 0
+        self.failure = ""
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TaskBatch, batch_idx: int
@@ -52,7 +55,11 @@ class OperatorProbe(Callback):
         assert isinstance(pl_module, MetaSeqClassifier)
         self.note_peak()
         started = time.perf_counter()
-        self._measure(pl_module, batch)
+        try:
+            if not self.failure:
+                self._measure(pl_module, batch)
+        except RuntimeError as error:  # attention without a second derivative trains in FO all the same
+            self.failure = one_line(error)
         if self.run.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""The study's statistics: paired differences, agreement of FO and FO_STRICT, and correlation with the signal."""
+"""Means over seeds, and differences within pairs of runs that share tasks and parameters."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from experiments.operator_sensitivity.fit import half_width
-from experiments.operator_sensitivity.ledger import OK, Ledger
-from experiments.operator_sensitivity.runs import CELL, PAIRED
+from experiments.operator_sensitivity.ledger import OK
+from experiments.operator_sensitivity.runs import BASELINE, CELL, PAIRED
 
 CONFIDENCE = 0.95
 ENOUGH_SEEDS = 8
 """Fewest pairs from which the study draws a claim."""
 
 NO_DIFFERENCE = "no difference detected"
-_STRICT_RTOL, _STRICT_ATOL = 1e-4, 1e-6
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,9 @@ def pairs(table: pd.DataFrame, first: str = "FULL", second: str = "FO") -> pd.Da
     """
     good = successful(table)
     ours, theirs = (good[good["mode"] == mode] for mode in (first, second))
-    joined = ours.merge(theirs[[*PAIRED, "final_acc", "final_loss"]], on=list(PAIRED), suffixes=("", "_other"))
+    joined = ours.merge(
+        theirs[[*PAIRED, "final_acc", "final_loss"]], on=list(PAIRED), suffixes=("", "_other")
+    )
     return joined.assign(gain=joined["final_acc"] - joined["final_acc_other"])
 
 
@@ -92,6 +93,32 @@ def gains(table: pd.DataFrame, first: str = "FULL", second: str = "FO") -> pd.Da
     return result
 
 
+def against_baseline(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of every variant minus that of unharmed attention, paired by everything else.
+
+    Returns:
+        backend, variant, mode, inner_steps, gain, low, high, pairs, p_value, p_adjusted, statement.
+    """
+    good = successful(table)
+    shared = [name for name in (*PAIRED, "mode") if name != "variant"]
+    sound = good.loc[good["variant"] == BASELINE, [*shared, "final_acc"]]
+    joined = good[good["variant"] != BASELINE].merge(sound, on=shared, suffixes=("", "_sound"))
+    joined["gain"] = joined["final_acc"] - joined["final_acc_sound"]
+    names = ["backend", "variant", "mode", "inner_steps"]
+    rows: list[dict[str, object]] = []
+    for cell, own in joined.groupby(names, sort=False):
+        found = paired_interval(own["gain"].to_numpy())
+        rows.append(
+            dict(zip(names, cell, strict=True))
+            | {"gain": found.mean, "low": found.low, "high": found.high, "pairs": found.count}
+            | {"p_value": found.p_value}
+        )
+    result = pd.DataFrame(rows, columns=[*names, "gain", "low", "high", "pairs", "p_value"])
+    result["p_adjusted"] = _adjusted(result["p_value"].to_numpy(dtype=float))
+    result["statement"] = [_statement(row, "variant", BASELINE) for _, row in result.iterrows()]
+    return result
+
+
 def cells(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of every configuration and mode, with the half-width of the 95% interval over seeds."""
     rows: list[dict[str, object]] = []
@@ -114,102 +141,6 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
             | {"mean_outer_step_time_s": own["mean_outer_step_time_s"].mean()}
         )
     return pd.DataFrame(rows)
-
-
-@dataclass(frozen=True)
-class StrictAgreement:
-    """How far FO and FO_STRICT are apart, which in exact arithmetic they are not.
-
-    Attributes:
-        compared: pairs of runs.
-        steps: outer steps compared.
-        largest: largest difference of the query loss at any step of any pair, relative to it.
-        disagreeing: descriptions of the pairs that are beyond the tolerance.
-    """
-
-    compared: int
-    steps: int
-    largest: float
-    disagreeing: tuple[str, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether something was compared and all of it agrees."""
-        return self.compared > 0 and not self.disagreeing
-
-
-def strict_agreement(table: pd.DataFrame, ledger: Ledger) -> StrictAgreement:
-    """Compare FO with FO_STRICT at every outer step: query loss, accuracy and gradient norms.
-
-    Two values agree within 1e-4 of themselves plus 1e-6, some thousand roundings of float32.
-    """
-    good = successful(table)
-    first, strict = (good[good["mode"] == mode] for mode in ("FO", "FO_STRICT"))
-    compared, steps, largest, disagreeing = 0, 0, 0.0, []
-    joined = first.merge(strict[[*PAIRED, "run_id"]], on=list(PAIRED), suffixes=("", "_strict"))
-    for _, row in joined.iterrows():
-        one, other = ledger.curves(row["run_id"]), ledger.curves(row["run_id_strict"])
-        if one is None or other is None:
-            continue
-        compared += 1
-        steps += len(one["loss"])
-        largest = max(largest, float(np.max(np.abs(one["loss"] - other["loss"]) / np.abs(one["loss"]))))
-        apart = [
-            name
-            for name, values in one.items()
-            if not np.allclose(values, other[name], rtol=_STRICT_RTOL, atol=_STRICT_ATOL)
-        ]
-        if apart:
-            label = f"{row['backend']} {row['variant']} k={row['inner_steps']} seed {row['seed']}"
-            disagreeing.append(f"{label} ({', '.join(apart)})")
-    return StrictAgreement(compared, steps, largest, tuple(disagreeing))
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Rank correlation of accuracy gain and signal, with a bootstrap interval over seeds."""
-
-    coefficient: float
-    low: float
-    high: float
-    points: int
-    seeds: int
-
-
-def correlation(paired: pd.DataFrame, signal: str = "attn_rel_diff") -> Correlation:
-    """Spearman's correlation of the gain of FULL over FO with the operator's signal of the FULL run.
-
-    Points of one seed share tasks and parameters, so whole seeds are resampled (10000 percentile
-    bootstraps); with fewer than three seeds there is no interval.
-
-    Args:
-        paired: see `pairs`.
-        signal: the column.
-    """
-    known = paired.dropna(subset=[signal, "gain"])
-    by_seed = [own[[signal, "gain"]].to_numpy(dtype=float) for _, own in known.groupby("seed")]
-    count = len(by_seed)
-
-    def rank_correlation(chosen: NDArray[np.int64]) -> float:
-        points = np.concatenate([by_seed[i] for i in chosen.astype(int)])
-        if (points == points[0]).all(axis=0).any():
-            return math.nan
-        return float(stats.spearmanr(points[:, 0], points[:, 1]).statistic)
-
-    whole = rank_correlation(np.arange(count)) if len(known) > 2 else math.nan
-    low = high = math.nan
-    if count >= 3 and not math.isnan(whole):
-        found = stats.bootstrap(
-            (np.arange(count),),
-            rank_correlation,
-            vectorized=False,
-            n_resamples=10_000,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
-    return Correlation(whole, low, high, len(known), count)
 
 
 def as_bool(value: object) -> bool:

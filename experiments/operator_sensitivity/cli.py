@@ -9,72 +9,26 @@
 Each command has its own --help; without a name it is the grid.
 """
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.gate import CONDITIONS, judge
 from experiments.operator_sensitivity.ledger import Ledger
+from experiments.operator_sensitivity.options import (
+    DEFAULT_OUT,
+    add_configuration,
+    add_execution,
+    base_run,
+    parser,
+)
 from experiments.operator_sensitivity.report import combine, write_page
-from experiments.operator_sensitivity.runs import BASELINE, GATED, MODES, Run, grid, parse_shard, shard
+from experiments.operator_sensitivity.risk_checks import run_risk_checks
+from experiments.operator_sensitivity.runs import BASELINE, GATED, MODES, grid, shard
+from experiments.operator_sensitivity.search import run_search
 
-DEFAULT_OUT = Path("runs/operator_sensitivity")
 BACKENDS = ("reference", "custom", "triton_fused")
-
-
-def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """What the commands' parsers have in common."""
-    return argparse.ArgumentParser(
-        prog=f"python -m experiments.operator_sensitivity {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def add_execution(options: argparse.ArgumentParser, tag: str) -> None:
-    """Options of every command that does runs."""
-    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options.add_argument("--tag", default=tag, help="names the study's files; one tag, one study")
-    options.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, help="directory of rows, curves and artifacts"
-    )
-    options.add_argument(
-        "--shard", type=parse_shard, metavar="I/N", help="only every N-th run, from the I-th on"
-    )
-    options.add_argument("--jobs", type=int, default=0, help="processes; 0 for one a CPU core, one on a GPU")
-    options.add_argument("--retry-failed", action="store_true", help="do failed runs again")
-
-
-def add_configuration(options: argparse.ArgumentParser) -> None:
-    """Options for what is the same in all runs; the defaults are frozen."""
-    fixed = {"backend", "variant", "mode", "inner_steps", "seed", "absorb_projections", "device"}
-    aliases = {"meta_batch": ["--meta-batch-size"]}
-    for field in dataclasses.fields(Run):
-        if field.name not in fixed:
-            names = [f"--{field.name.replace('_', '-')}", *aliases.get(field.name, [])]
-            options.add_argument(*names, dest=field.name, type=type(field.default), default=field.default)
-    options.add_argument(
-        "--absorb-projections", action="store_true", help="the faster form of the same model, see its README"
-    )
-
-
-def base_run(args: argparse.Namespace) -> Run:
-    """The configuration that the runs share.
-
-    Raises:
-        ValueError: for a task that there cannot be, or a device that is not there.
-    """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device")
-    names = {field.name for field in dataclasses.fields(Run)}
-    run = Run(**{name: value for name, value in vars(args).items() if name in names})
-    _ = run.spec  # refuses impossible tasks before anything runs
-    return run
 
 
 def run_grid(arguments: Sequence[str]) -> int:
@@ -139,21 +93,25 @@ def run_report(arguments: Sequence[str]) -> int:
     return int(any(strict.disagreeing for _, strict in found))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"grid": run_grid, "report": run_report}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "grid": run_grid,
+    "report": run_report,
+    "risk": run_risk_checks,
+    "search": run_search,
+}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: list[str]) -> int:
     """Run a command.
 
     The exit status is 1 where a check fails, 2 for wrong usage, and 3 where the gate is closed.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    name = given.pop(0) if given and given[0] in COMMANDS else "grid"
+    name, rest = (given[0], given[1:]) if given and given[0] in COMMANDS else ("grid", given)
     try:
-        return COMMANDS[name](given)
+        return COMMANDS[name](rest)
     except ValueError as error:
         print(f"operator_sensitivity {name}: {error}", file=sys.stderr)
         return 2

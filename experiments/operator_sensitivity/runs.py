@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from theria.maml import MetaMode
 from theria.tasks.synthetic_seqcls import SeqClsSpec
@@ -88,6 +89,12 @@ class Run:
         """Where the run stands in tables: gated backends last, modes as they are defined."""
         rest = {**dataclasses.asdict(self), "mode": MODES.index(self.mode)}
         return (self.backend in GATED, *rest.values())
+
+
+def from_fields(values: Mapping[str, Any]) -> Run:
+    """A run of values as a table holds them, each brought to its field's type; others are the defaults."""
+    defaults = dataclasses.asdict(Run())
+    return Run(**{name: type(defaults[name])(value) for name, value in values.items()})
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Run))

@@ -185,8 +185,8 @@ def behaviour(curves: Curves) -> dict[str, object]:
 
 
 def half_width(values: NDArray[np.float64], confidence: float = 0.95) -> float:
-    """Half of the t-interval of a mean; NaN for fewer than two values."""
-    if len(values) < 2:
+    """Half of the t-interval of a mean; NaN for fewer than two values, or one that is not finite."""
+    if len(values) < 2 or not np.isfinite(values).all():
         return math.nan
     return float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
 

@@ -4,7 +4,7 @@ Modes differ in marker, line style and lightness, backends in filled or hollow m
 and colour-blind readers lose nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import matplotlib as mpl
@@ -29,11 +29,14 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _FIGURES: dict[str, Callable[[pd.DataFrame, Ledger], Figure | None]] = {}
 
 
-def draw_all(table: pd.DataFrame, ledger: Ledger, directory: Path, prefix: str) -> list[str]:
-    """Draw every figure that the table has data for; the names of the PNG files."""
+def draw_all(
+    table: pd.DataFrame, ledger: Ledger, directory: Path, prefix: str, only: Collection[str] | None = None
+) -> list[str]:
+    """Draw every figure, or only those named, that the table has data for; the names of the PNG files."""
+    good = successful(table)
     written = []
     for name, draw in _FIGURES.items():
-        figure = draw(successful(table), ledger)
+        figure = draw(good, ledger) if len(good) and (only is None or name in only) else None
         if figure is None:
             continue
         # a fixed salt and no date, so that the same table gives the same file

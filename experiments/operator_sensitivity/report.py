@@ -22,14 +22,20 @@ def combine(ledger: Ledger, directory: Path) -> tuple[list[str], StrictAgreement
     Files are ``operator_sensitivity_<tag>_all.csv`` with every run, ``_summary.csv`` with means, intervals
     and paired gains by configuration, and the pictures.
     """
+    table = write_tables(ledger, directory)
+    strict = strict_agreement(table, ledger)
+    pictures = draw_all(table, ledger, directory, f"{PREFIX}_{ledger.tag}")
+    return section(table, strict, ledger.tag, pictures), strict
+
+
+def write_tables(ledger: Ledger, directory: Path) -> pd.DataFrame:
+    """Write the combined and the summary CSV of a tag; the combined table."""
     directory.mkdir(parents=True, exist_ok=True)
     table = ledger.read()
     prefix = f"{PREFIX}_{ledger.tag}"
     write_csv(table, directory / f"{prefix}_all.csv")
     write_csv(summary_table(table), directory / f"{prefix}_summary.csv")
-    strict = strict_agreement(table, ledger)
-    pictures = draw_all(table, ledger, directory, prefix) if len(table) else []
-    return section(table, strict, ledger.tag, pictures), strict
+    return table
 
 
 def summary_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from scipy.stats import qmc
 from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.ledger import Ledger
 from experiments.operator_sensitivity.options import add_execution, base_run, parser
-from experiments.operator_sensitivity.report import PREFIX, combine, write_page
+from experiments.operator_sensitivity.plots import draw_all
+from experiments.operator_sensitivity.report import PREFIX, combine, write_page, write_tables
 from experiments.operator_sensitivity.runs import CELL, Run, from_fields, shard
 from experiments.operator_sensitivity.statistics import gains
 from experiments.operator_sensitivity.tables import compared, correlations, number, table
@@ -107,7 +108,8 @@ def _search(args: argparse.Namespace) -> int:
     ledger = Ledger(args.out, args.tag, args.shard)
     mine = shard(runs, *args.shard) if args.shard else runs
     execute(mine, ledger, jobs=args.jobs, retry_failed=args.retry_failed, title="search")
-    everything = ledger.read()
+    everything = write_tables(ledger, args.out)
+    pictures = draw_all(everything, ledger, args.out, f"{PREFIX}_{args.tag}", only=("gain",))
     missing = {run.run_id for run in runs} - set(everything["run_id"])
     ranking = ranked(everything)
     best = None if missing else winner(ranking, args.least_depth)
@@ -118,7 +120,7 @@ def _search(args: argparse.Namespace) -> int:
         sections.append(combine(fresh, args.out)[0])
         with atomic_file(args.out / f"{PREFIX}_{args.tag}_regime.yaml") as file:
             file.write(overlay(best).encode())
-    combine(ledger, args.out)
+    sections.append([f"![{picture}]({picture})" for picture in pictures])
     page = args.out / f"{PREFIX}_{args.tag}.md"
     write_page(sections, page)
     print(f"written: {page}" + (f"; {len(missing)} runs are missing" if missing else ""))

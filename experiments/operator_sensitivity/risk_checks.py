@@ -83,8 +83,9 @@ def resumed_grid(run: Run) -> Iterator[Check]:
         execute(runs, whole, jobs=1, title="whole grid")
         execute(runs[::2], parts, jobs=1, title="part of the grid")
         done = execute(runs, parts, jobs=1, title="the rest")
-        tables = [ledger.read().drop(columns=list(TIMINGS)).fillna("") for ledger in (whole, parts)]
-    cells = int((tables[0].to_numpy() != tables[1].to_numpy()).sum())
+        tables = [ledger.read().drop(columns=list(TIMINGS)) for ledger in (whole, parts)]
+    both_empty = tables[0].isna() & tables[1].isna()
+    cells = int(((tables[0] != tables[1]) & ~both_empty).to_numpy().sum())
     yield Check("resumed grid: cells of the CSV that differ", cells, 0.0, f"{len(runs)} runs")
     yield Check("resumed grid: finished runs that were repeated", done - len(runs[1::2]), 0.0)
 

@@ -38,14 +38,15 @@ class Interval:
 
 def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Interval:
     """Mean of differences within pairs, its 95% t-interval, and the p-value of the t-test against zero."""
-    values = np.asarray(differences, dtype=float)
+    # accuracies are shares of some thousand sequences: what is smaller than this is rounding of their means
+    values = np.round(np.asarray(differences, dtype=float), 12)
     mean = float(values.mean()) if len(values) else math.nan
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan, len(values), math.nan)
     half = half_width(values, CONFIDENCE)
     if half == 0:
         return Interval(mean, mean, mean, len(values), 1.0 if mean == 0 else 0.0)
-    p_value = float(stats.ttest_1samp(values, 0.0).pvalue)
+    p_value = float(2 * stats.t.sf(abs(mean) / stats.sem(values), len(values) - 1))
     return Interval(mean, mean - half, mean + half, len(values), p_value)
 
 
@@ -89,7 +90,7 @@ def gains(table: pd.DataFrame, first: str = "FULL", second: str = "FO") -> pd.Da
         )
     result = pd.DataFrame(rows, columns=[*CELL, "gain", "low", "high", "pairs", "p_value"])
     result["p_adjusted"] = _adjusted(result["p_value"].to_numpy(dtype=float))
-    result["statement"] = [_statement(row, first, second) for _, row in result.iterrows()]
+    result["statement"] = _statements(result, first, second)
     return result
 
 
@@ -115,7 +116,7 @@ def against_baseline(table: pd.DataFrame) -> pd.DataFrame:
         )
     result = pd.DataFrame(rows, columns=[*names, "gain", "low", "high", "pairs", "p_value"])
     result["p_adjusted"] = _adjusted(result["p_value"].to_numpy(dtype=float))
-    result["statement"] = [_statement(row, "variant", BASELINE) for _, row in result.iterrows()]
+    result["statement"] = _statements(result, "variant", BASELINE)
     return result
 
 
@@ -154,6 +155,10 @@ def _adjusted(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
     if known.any():
         result[known] = stats.false_discovery_control(p_values[known])
     return result
+
+
+def _statements(rows: pd.DataFrame, first: str, second: str) -> pd.Series:
+    return pd.Series([_statement(row, first, second) for _, row in rows.iterrows()], dtype=str)
 
 
 def _statement(row: pd.Series, first: str, second: str) -> str:

@@ -11,12 +11,11 @@ CLEAR, NONE = [0.1, 0.101, 0.099], [0.01, -0.012, 0.004]
 
 @pytest.fixture
 def gated(made):
-    runs = [
+    return [
         dataclasses.replace(made.TINY, backend="triton_fused", mode=m, seed=s, device="cuda")
         for m in ("FULL", "FO")
         for s in range(3)
     ]
-    return runs
 
 
 def test_a_complete_grid_of_a_hard_enough_task_opens_it(made, gated):

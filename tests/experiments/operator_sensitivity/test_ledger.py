@@ -101,9 +101,9 @@ def test_other_columns_are_refused(tmp_path, made):
     with pytest.raises(ValueError, match="extra"):
         ledger.append(made.row(made.TINY, 0.5, extra=1))
     ledger.path.write_text(",".join((*COLUMNS, "extra")) + "\n")
-    with pytest.raises(ValueError, match="extra.*--tag"):
+    with pytest.raises(ValueError, match=r"extra.*--tag"):
         ledger.append(made.row(made.TINY, 0.5))
-    with pytest.raises(ValueError, match="extra.*--tag"):
+    with pytest.raises(ValueError, match=r"extra.*--tag"):
         ledger.read()
 
 

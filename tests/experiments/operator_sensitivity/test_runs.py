@@ -34,7 +34,7 @@ def _other(value: object) -> object:
 def test_shards_share_the_runs_out():
     runs = grid(Run())
     parts = [shard(runs, i, 5) for i in range(5)]
-    assert sorted((r.run_id for part in parts for r in part)) == sorted(r.run_id for r in runs)
+    assert sorted(r.run_id for part in parts for r in part) == sorted(r.run_id for r in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(ValueError, match="0/5 to 4/5"):
         shard(runs, 5, 5)

@@ -1,6 +1,7 @@
 """One run: `MetaSeqClassifier` under Lightning's Trainer, and the row of figures it ends in."""
 
 import dataclasses
+import gc
 import logging
 import math
 import time
@@ -76,6 +77,9 @@ def train(run: Run) -> tuple[dict[str, object], Curves]:
         Exception: whatever the attention, the trainer or the device raises.
     """
     if run.device == "cuda":
+        # a trainer and its module refer to each other: what the last run held is freed here, not in our peak
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     probe = OperatorProbe(run, max(run.outer_steps // PROBES, 1))
     with backend_of(run) as backend:

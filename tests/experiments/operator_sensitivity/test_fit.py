@@ -203,3 +203,17 @@ def test_probes_and_the_first_step_are_no_step_time():
 def test_no_interval_of_one_value_or_of_infinity():
     assert math.isnan(half_width(np.array([1.0])))
     assert math.isnan(half_width(np.array([1.0, math.inf])))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["FULL", "FO", "FO_STRICT"])
+def test_the_fused_kernels_train_as_the_reference_does(mode):
+    runs = [
+        dataclasses.replace(SMALL, mode=mode, backend=backend, width=16, device="cuda")
+        for backend in ("reference", "triton_fused")
+    ]
+    (_, expected), (row, found) = (perform(run) for run in runs)
+    assert (row["status"], row["attn_second_order_ok"]) == ("OK", True), row["error"]
+    assert row["attn_second_order_path"] == pytest.approx(1.0, abs=1e-3)
+    assert row["peak_cuda_mem_bytes"] > 0
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-3)

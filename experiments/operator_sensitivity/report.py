@@ -10,7 +10,7 @@ from experiments.operator_sensitivity.plots import draw_all
 from experiments.operator_sensitivity.runs import CELL
 from experiments.operator_sensitivity.statistics import cells, gains
 from experiments.operator_sensitivity.strictness import StrictAgreement, strict_agreement
-from experiments.operator_sensitivity.summary import section
+from experiments.operator_sensitivity.summary import INTRODUCTION, section
 from lightning_modules.atomic_file import atomic_file
 
 PREFIX = "operator_sensitivity"
@@ -51,7 +51,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def write_page(sections: Sequence[list[str]], path: Path, heading: Sequence[str] = ()) -> None:
     """The page of one or several studies."""
-    lines = ["# Operator sensitivity: from second-order signal to learning", "", *heading]
+    lines = ["# Operator sensitivity: from second-order signal to learning", "", *heading, *INTRODUCTION]
     lines += [line for part in sections for line in part]
     with atomic_file(path) as file:
         file.write(("\n".join(lines).rstrip() + "\n").encode())

@@ -21,6 +21,22 @@ STRICT_POLICY = (
     " curvature, and is no third baseline."
 )
 
+INTRODUCTION = (
+    "When does second-order signal through attention turn into learning? FULL, FO and FO_STRICT meta-learn"
+    " the same classifier on the same tasks from the same initial parameters. Every number below is computed"
+    " from the CSVs beside this page (`_all.csv` has a row a run, `_summary.csv` a row a configuration).",
+    "",
+    "Accuracy, query loss and gradient norms are means over the last 20 outer steps. `rel_diff` is"
+    " |FULL - FO| / |FULL| of the meta-gradient, taken five times along a run at its own parameters, whatever"
+    " mode trains. `steps_to_90pct` is the first outer step by which 90% of the query loss's fall, from its"
+    " first to its last 20 steps, is done in the running mean; `convergence_delta` is that fall."
+    " `attn_second_order_ok` is asked of the attention that trained, on its device: second order straight"
+    " through query, key and value runs and keeps at least 10% of each one's curvature."
+    " `attn_second_order_path` is the magnitude of the support loss's curvature by the q, k and v projections,"
+    " relative to the explicit softmax in float64.",
+    "",
+)
+
 
 def section(everything: pd.DataFrame, strict: StrictAgreement, tag: str, pictures: list[str]) -> Lines:
     """What one study, named by its tag, has found."""

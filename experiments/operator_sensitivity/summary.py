@@ -32,7 +32,7 @@ INTRODUCTION = (
     " first to its last 20 steps, is done in the running mean; `convergence_delta` is that fall."
     " `attn_second_order_ok` is asked of the attention that trained, on its device: second order straight"
     " through query, key and value runs and keeps at least 10% of each one's curvature."
-    " `attn_second_order_path` is the magnitude of the support loss's curvature by the q, k and v projections,"
+    " `attn_second_order_path` is the magnitude of the support loss's curvature by the q, k, v projections"
     " relative to the explicit softmax in float64.",
     "",
 )

@@ -1,0 +1,1 @@
+"""Operator sensitivity: when does second-order signal through attention turn into learning?"""

@@ -1,0 +1,57 @@
+"""Everything that is made of finished runs: combined and summary CSVs, pictures, the page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.operator_sensitivity.ledger import Ledger, write_csv
+from experiments.operator_sensitivity.plots import draw_all
+from experiments.operator_sensitivity.runs import CELL
+from experiments.operator_sensitivity.statistics import cells, gains
+from experiments.operator_sensitivity.strictness import StrictAgreement, strict_agreement
+from experiments.operator_sensitivity.summary import INTRODUCTION, section
+from lightning_modules.atomic_file import atomic_file
+
+PREFIX = "operator_sensitivity"
+
+
+def combine(ledger: Ledger, directory: Path) -> tuple[list[str], StrictAgreement]:
+    """Write the CSVs and pictures of one tag; the lines of its section, and whether FO is FO_STRICT.
+
+    Files are ``operator_sensitivity_<tag>_all.csv`` with every run, ``_summary.csv`` with means, intervals
+    and paired gains by configuration, and the pictures.
+    """
+    table = write_tables(ledger, directory)
+    strict = strict_agreement(table, ledger)
+    pictures = draw_all(table, ledger, directory, f"{PREFIX}_{ledger.tag}")
+    return section(table, strict, ledger.tag, pictures), strict
+
+
+def write_tables(ledger: Ledger, directory: Path) -> pd.DataFrame:
+    """Write the combined and the summary CSV of a tag; the combined table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    table = ledger.read()
+    prefix = f"{PREFIX}_{ledger.tag}"
+    write_csv(table, directory / f"{prefix}_all.csv")
+    write_csv(summary_table(table), directory / f"{prefix}_summary.csv")
+    return table
+
+
+def summary_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of every configuration and mode, with the paired gain over FO beside them."""
+    means = cells(table)
+    if means.empty:
+        return means
+    modes = [mode for mode in dict.fromkeys(means["mode"]) if mode != "FO"]
+    parts = [gains(table, mode, "FO").assign(mode=mode) for mode in modes]
+    compared = pd.concat(parts) if parts else pd.DataFrame(columns=[*CELL, "mode"])
+    return means.merge(compared, on=[*CELL, "mode"], how="left")
+
+
+def write_page(sections: Sequence[list[str]], path: Path, heading: Sequence[str] = ()) -> None:
+    """The page of one or several studies."""
+    lines = ["# Operator sensitivity: from second-order signal to learning", "", *heading, *INTRODUCTION]
+    lines += [line for part in sections for line in part]
+    with atomic_file(path) as file:
+        file.write(("\n".join(lines).rstrip() + "\n").encode())

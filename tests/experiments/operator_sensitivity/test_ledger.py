@@ -1,0 +1,114 @@
+"""The CSV of runs survives whatever kills its writers."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+
+from experiments.operator_sensitivity.ledger import COLUMNS, Ledger
+
+
+def test_rows_come_back_in_the_order_of_the_tables(tmp_path, made):
+    runs = [dataclasses.replace(made.TINY, seed=s, mode=m) for s in (1, 0) for m in ("FO", "FULL")]
+    ledger = Ledger(tmp_path, "t")
+    for run in runs:
+        ledger.append(made.row(run, 0.5 + run.seed / 3))
+    table = ledger.read()
+    assert list(table["mode"]) == ["FULL", "FULL", "FO", "FO"]
+    assert list(table["seed"]) == [0, 1, 0, 1]
+    assert table["final_acc"].tolist() == [0.5, 0.5 + 1 / 3] * 2
+
+
+@pytest.mark.parametrize("cut", [1, 40, 150])
+def test_a_half_written_row_is_no_row_and_is_repaired(tmp_path, made, cut):
+    ledger = Ledger(tmp_path, "t")
+    first, second, third = (dataclasses.replace(made.TINY, seed=s) for s in range(3))
+    ledger.append(made.row(first, 0.5))
+    ledger.append(made.row(second, 0.6))
+    data = ledger.path.read_bytes()
+    ledger.path.write_bytes(data[:-cut])
+    assert ledger.finished() == {first.run_id}
+    ledger.append(made.row(third, 0.7))
+    assert ledger.finished() == {first.run_id, third.run_id}
+    ledger.append(made.row(second, 0.6))
+    assert ledger.read()["final_acc"].tolist() == [0.5, 0.6, 0.7]
+
+
+def test_a_half_written_header_is_repaired(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+    ledger.path.write_text("run_id,back")
+    assert ledger.finished() == set()
+    ledger.append(made.row(made.TINY, 0.5))
+    assert ledger.finished() == {made.TINY.run_id}
+
+
+def test_shards_give_the_table_of_one_writer(tmp_path, made):
+    runs = [dataclasses.replace(made.TINY, seed=s) for s in range(6)]
+    (tmp_path / "one").mkdir()
+    whole = Ledger(tmp_path / "one", "t")
+    for run in reversed(runs):
+        whole.append(made.row(run, run.seed / 10))
+    for i in (1, 0):
+        part = Ledger(tmp_path / "many", "t", (i, 2))
+        for run in runs[i::2]:
+            part.append(made.row(run, run.seed / 10))
+    assert Ledger(tmp_path / "many", "t").read().equals(whole.read())
+
+
+def test_other_tags_are_other_studies(tmp_path, made):
+    Ledger(tmp_path, "a").append(made.row(made.TINY, 0.5))
+    assert Ledger(tmp_path, "b").finished() == set()
+
+
+def test_success_counts_over_failure_whichever_came_last(tmp_path, made):
+    for tag, order in (("a", (0, 1)), ("b", (1, 0))):
+        ledger = Ledger(tmp_path, tag)
+        rows = [
+            made.row(made.TINY, 0.5),
+            made.row(made.TINY, 0.5, final_acc="", status="FAILED", error='a,\n"b"'),
+        ]
+        for i in order:
+            ledger.append(rows[i])
+        assert ledger.read()["status"].tolist() == ["OK"]
+
+
+def test_an_error_of_several_lines_is_one_row(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+    ledger.append(made.row(made.TINY, 0.5, status="FAILED", error='one,\ntwo "three"'))
+    assert ledger.read()["error"].tolist() == ['one, two "three"']
+    assert ledger.path.read_bytes().count(b"\n") == 2
+    assert ledger.finished(failed_too=False) == set()
+
+
+def test_writers_at_the_same_time_do_not_tear_rows(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+
+    def write(start: int) -> None:
+        for seed in range(start, start + 20):
+            ledger.append(made.row(dataclasses.replace(made.TINY, seed=seed), 0.5))
+
+    threads = [threading.Thread(target=write, args=(start,)) for start in (0, 20, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ledger.read()["seed"]) == list(range(60))
+
+
+def test_other_columns_are_refused(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+    with pytest.raises(ValueError, match="extra"):
+        ledger.append(made.row(made.TINY, 0.5, extra=1))
+    ledger.path.write_text(",".join((*COLUMNS, "extra")) + "\n")
+    with pytest.raises(ValueError, match=r"extra.*--tag"):
+        ledger.append(made.row(made.TINY, 0.5))
+    with pytest.raises(ValueError, match=r"extra.*--tag"):
+        ledger.read()
+
+
+def test_curves_come_back(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+    assert ledger.curves(made.TINY.run_id) is None
+    ledger.write_curves(made.TINY, {"loss": np.array([1.0, 1 / 3])})
+    assert ledger.curves(made.TINY.run_id)["loss"].tolist() == [1.0, 1 / 3]

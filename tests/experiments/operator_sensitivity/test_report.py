@@ -1,0 +1,162 @@
+"""The page and the pictures say what the CSV says, and nothing else."""
+
+import dataclasses
+import os
+import re
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.operator_sensitivity.ledger import Ledger
+from experiments.operator_sensitivity.plots import draw_all
+from experiments.operator_sensitivity.report import combine, write_page
+from experiments.operator_sensitivity.runs import Run
+
+NOISE = [0.01, -0.012, 0.004, -0.006, 0.002, 0.007, -0.009, 0.004]
+PREFIX = "operator_sensitivity_t"
+
+
+@pytest.fixture(autouse=True)
+def _unsynced(monkeypatch):
+    """Nothing here is about a loss of power, and a hundred files are written."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def filled(directory, made, *, outer_steps: int = 4, seeds: int = 8) -> Ledger:
+    """k=1 with a clear gain, k=5 with none, FO_STRICT at both, and a broken variant at k=5."""
+    ledger = Ledger(directory, "t")
+    rows = []
+    for depth, gain in ((1, 0.05), (10, 0.0)):
+        base = dataclasses.replace(made.TINY, inner_steps=depth, outer_steps=outer_steps)
+        gains = [gain + n / 10 for n in NOISE[:seeds]]
+        rows += made.pairs(gains, base, attn_rel_diff=1 / depth)
+        rows += [
+            made.row(
+                dataclasses.replace(base, mode="FO_STRICT", seed=row["seed"]),
+                row["final_acc"],
+            )
+            for row in rows
+            if row["mode"] == "FO" and row["inner_steps"] == depth
+        ]
+    broken = dataclasses.replace(base, variant="detach_attention_output")
+    broken_figures = {"attn_second_order_path": 0.0, "attn_second_order_ok": False, "attn_rel_diff": 0.0}
+    rows += made.pairs([-0.1 + n / 10 for n in NOISE[:seeds]], broken, **broken_figures)
+    for row in rows:
+        run = Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
+        norms = {f"grad_norm_{g}_proj": np.full(outer_steps, 0.5) for g in "qkv"}
+        ledger.write_curves(run, {"loss": np.linspace(1.5, 1, outer_steps), **norms})
+        ledger.append(row)
+    return ledger
+
+
+@pytest.fixture
+def page(tmp_path, made) -> str:
+    ledger = filled(tmp_path / "runs", made)
+    lines, strict = combine(ledger, tmp_path / "out")
+    assert strict.holds
+    write_page([lines], tmp_path / "out" / "page.md", ["A preface."])
+    return (tmp_path / "out" / "page.md").read_text()
+
+
+def test_the_page_answers(page):
+    assert "A preface." in page
+    assert "k = 1: FULL higher (+0.0500" in page
+    assert "k = 10: no difference detected (+0.0000" in page
+    assert "PASS: over 16 pairs of runs and 64 outer steps" in page
+    assert "no third baseline" in page
+    assert "1 of 1 cases differ in accuracy from sound attention (`detach_attention_output`)" in page
+
+
+def test_the_mode_table_holds_signal_and_gain(page):
+    (full,) = re.findall(r"\| reference \| FULL \| yes \| yes \| yes \| (.*) \|", page)
+    assert full == "+0.0500 | +0.0000"
+    (strict,) = re.findall(r"\| reference \| FO_STRICT \| yes \| yes \| no \| (.*) \|", page)
+    assert strict == "+0.0000 | +0.0000"
+
+
+def test_every_number_follows_the_csv(tmp_path, made):
+    """A figure changed in the CSV changes on the page, in the mean and in the paired difference."""
+    ledger = filled(tmp_path, made)
+    before = "\n".join(combine(ledger, tmp_path / "out")[0])
+    table = pd.read_csv(ledger.path, dtype={"run_id": str})
+    chosen = (table["mode"] == "FULL") & (table["inner_steps"] == 1)
+    table.loc[chosen, "final_acc"] -= 0.05
+    table.loc[chosen, "attn_grad_present"] = False
+    table.to_csv(ledger.path, index=False)
+    after = "\n".join(combine(ledger, tmp_path / "out")[0])
+    assert "k = 1: FULL higher (+0.0500" in before
+    assert "k = 1: no difference detected (+0.0000" in after
+    assert "| reference | FULL | no | yes | yes | +0.0000 | +0.0000 |" in after
+    mean = table.loc[chosen & (table["variant"] == "baseline"), "final_acc"].mean()
+    assert f"| reference | FULL | 1 | 8 | {mean:.4f} |" in after
+
+
+def test_published_numbers_stand_beside_runs_of_their_length_only(tmp_path, made):
+    short = "\n".join(combine(filled(tmp_path / "a", made), tmp_path / "out")[0])
+    long = "\n".join(combine(filled(tmp_path / "b", made, outer_steps=1000), tmp_path / "out")[0])
+    assert "published" not in short
+    assert re.search(r"\| reference \| FULL \| 10 \|.*\| 0.9385 \|", long)
+    assert re.search(r"\| reference \| FO \| 10 \|.*\| 0.9350 \|", long)
+
+
+def test_two_seeds_are_called_a_reproduction(tmp_path, made):
+    text = "\n".join(combine(filled(tmp_path, made, seeds=2), tmp_path / "out")[0])
+    assert "2 seeds a configuration: a reproduction" in text
+
+
+def test_the_csvs_are_named_by_tag_and_hold_every_run(tmp_path, made):
+    ledger = filled(tmp_path, made)
+    combine(ledger, tmp_path / "out")
+    everything = pd.read_csv(tmp_path / "out" / f"{PREFIX}_all.csv")
+    summary = pd.read_csv(tmp_path / "out" / f"{PREFIX}_summary.csv")
+    assert len(everything) == len(ledger.read()) == 64
+    assert len(summary) == 8
+    first = summary[(summary["mode"] == "FULL") & (summary["inner_steps"] == 1)].iloc[0]
+    assert first["gain"] == pytest.approx(0.05)
+    assert first["statement"] == "FULL higher"
+
+
+def test_failures_are_listed(tmp_path, made):
+    ledger = filled(tmp_path, made)
+    run = dataclasses.replace(made.TINY, backend="custom")
+    ledger.append(made.row(run, 0.0, final_acc="", final_loss="", status="FAILED", error="out of memory"))
+    text = "\n".join(combine(ledger, tmp_path / "out")[0])
+    assert "65 runs, 64 succeeded" in text
+    assert "| custom | baseline | FULL | 1 | FAILED | out of memory |" in text
+
+
+def test_a_study_in_which_nothing_succeeded_has_a_page(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+    ledger.append(made.row(made.TINY, 0.0, final_acc="", status="FAILED", error="it broke"))
+    assert "No run has succeeded." in combine(ledger, tmp_path / "out")[0]
+
+
+def test_pictures_are_vector_and_raster(tmp_path, made):
+    ledger = filled(tmp_path, made)
+    names = draw_all(ledger.read(), ledger, tmp_path, "p")
+    assert names == ["p_depth.png", "p_convergence.png", "p_gain.png", "p_variants.png"]
+    for name in names:
+        image = matplotlib.image.imread(tmp_path / name)
+        assert image.std() > 0.01
+        assert "<svg" in (tmp_path / name).with_suffix(".svg").read_text()
+
+
+def test_modes_differ_without_colour(tmp_path, made):
+    from experiments.operator_sensitivity.plots import _STYLES
+
+    colours, markers, lines = zip(*_STYLES.values(), strict=True)
+    assert len(set(markers)) == len(set(lines)) == 3
+    rgb = np.array([matplotlib.colors.to_rgb(c) for c in colours])
+    lightness = np.sort(rgb @ [0.2126, 0.7152, 0.0722])
+    assert np.diff(lightness).min() > 0.1
+
+
+def test_the_same_rows_draw_the_same_picture(tmp_path, made):
+    ledger = filled(tmp_path, made)
+    drawn = []
+    for _ in range(2):
+        draw_all(ledger.read(), ledger, tmp_path, "p", only=("gain",))
+        drawn.append((tmp_path / "p_gain.svg").read_bytes())
+    assert drawn[0] == drawn[1]

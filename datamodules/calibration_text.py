@@ -27,7 +27,7 @@ from datamodules.text_datasets import (
     domain_shares,
 )
 from datamodules.token_cache import CorpusCache, TokenizedCorpus
-from theria.tasks.associative_recall import RecallSpec
+from theria.tasks.recall import RecallSpec
 from theria.tasks.synthetic_seqcls import Stream
 
 RECALL = "recall"

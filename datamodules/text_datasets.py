@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from datamodules.loader import BatchIndex
 from datamodules.packing import IGNORED, TextBatch, TokenStream, cut_windows
-from theria.tasks.associative_recall import RecallSpec, sample_recall
 from theria.tasks.philox import WORD_BITS, WORD_MASK, philox_4x32
+from theria.tasks.recall import RecallSpec, sample_recall
 from theria.tasks.synthetic_seqcls import STREAMS, Stream
 
 Control = Literal["none", "never_stored", "previous_shard"]

@@ -498,7 +498,7 @@ def test_derivatives_in_half_precision_do_not_feel_the_size_of_keys_and_values(d
 
 @pytest.mark.parametrize("order", ["dq", "gq"])
 def test_the_chain_keeps_the_unrounded_output(order):
-    """The errors above, asked of the backend: a chain that saved the rounded O would err ten times as much."""
+    """The errors above, asked of the backend: a chain that saved the rounded O errs ten times as much."""
     torch.manual_seed(0)
     inputs = [(torch.randn(1, 1, 96, 16) + shift).half() for shift in (0.0, 3.0, 10.0)]
     cotangent, *directions = (torch.randn(1, 1, 96, 16).half() for _ in range(4))

@@ -21,7 +21,7 @@ from datamodules.text_datasets import (
     as_fraction,
     domain_shares,
 )
-from theria.tasks.associative_recall import RecallSpec
+from theria.tasks.recall import RecallSpec
 
 END = 1000
 LENGTH = 32

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from theria.memory import polarization_loss
 from theria.models.memory_lm import MemoryLM
-from theria.tasks.associative_recall import RecallSpec, sample_recall
+from theria.tasks.recall import RecallSpec, sample_recall
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 RULES = pytest.mark.parametrize("rule", ["hebbian", "delta", "gated_delta"])

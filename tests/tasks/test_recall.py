@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from theria.tasks.associative_recall import IGNORED, RecallBatch, RecallSpec, sample_recall
+from theria.tasks.recall import IGNORED, RecallBatch, RecallSpec, sample_recall
 from theria.tasks.synthetic_seqcls import STREAMS
 
 SMALL = RecallSpec(

@@ -12,6 +12,11 @@ from torch import Tensor
 NaiveMemory = Callable[..., tuple[Tensor, Any]]
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def naive_projection() -> NaiveMemory:
     """The arguments of ``causal_projection``; returns q', M and norm_sum after the last token."""

@@ -292,6 +292,16 @@ def test_norm_persistent_still_counts():
         torch.testing.assert_close(slope / found[0, 0, t].norm(), -1 / (n.detach() + t + 1))
 
 
+def test_nothing_seen_at_all_is_zero_and_little_is_not_rounded_away():
+    q = unit(1, 1, 3, 4, seed=1)
+    nothing, _ = causal_projection(q, torch.zeros_like(q), torch.zeros(1, 4, 4), torch.zeros(1))
+    assert torch.equal(nothing, torch.zeros_like(q))
+    k = 1e-3 * unit(1, 1, 3, 4, seed=2)
+    little, _ = causal_projection(q, k, torch.zeros(1, 4, 4), torch.zeros(1))
+    much, _ = causal_projection(q, 1e3 * k, torch.zeros(1, 4, 4), torch.zeros(1))
+    torch.testing.assert_close(little, much)
+
+
 def test_the_module_scales_and_learns_persistent_vectors_and_scale(draw):
     a = draw(dtype=torch.float32, dim=8)
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
 """The data module: what a module receives, how it is cached, and that a resume changes nothing."""
 
+import dataclasses
 import json
 import multiprocessing
 import platform
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from datamodules.documents import Domain
 from datamodules.packing import IGNORED, TextBatch
 from datamodules.tokenizers import ByteTokenizer, train_bpe
 from theria.models.memory_lm import MemoryLM
+from theria.tasks.associative_recall import sample_recall
 
 pytestmark = [
     # Python 3.12 warns of every fork in a process with threads, which PyTorch always is.
@@ -398,6 +401,31 @@ def test_ranks_together_see_the_batches_of_one_process(world_size: int, folder: 
         for name in TextBatch._fields:
             together = torch.cat([getattr(rank[step], name) for rank in ranks])[order]
             assert torch.equal(together, getattr(whole, name))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_recall_of_a_split_is_its_own_and_stands_in_text_of_that_split(split: str, folder: Path) -> None:
+    data = ready(folder)
+    loaders = {"validation": data.val_dataloader, "test": data.test_dataloader}[split]()
+    (batch,) = loaders[2]
+    assert data.recall_spec is not None
+    drawn = sample_recall(data.recall_spec, torch.arange(3), seed=3, epoch=0, stream=split)
+    assert torch.equal(batch.labels, drawn.labels)
+    streams = [data.corpus.streams[name][split] for name in data.domains]
+    # twice, as windows go on at the beginning
+    text = " ".join(data.decode(2 * stream.tokens.tolist()) for stream in streams)
+    pieces = [
+        piece for row in batch.tokens.tolist() for piece in re.split(r"<(?:key|value) \d+>", data.decode(row))
+    ]
+    assert max(map(len, pieces)) > 8
+    assert all(piece.strip("\ufffd") in text for piece in pieces)
+
+
+def test_recall_may_stand_in_noise(folder: Path) -> None:
+    data = ready(folder, recall=dataclasses.replace(RECALL, filler="noise"))
+    (batch,) = data.val_dataloader()[2]
+    filler = batch.tokens[batch.tokens < data.end_token]
+    assert (filler >= 128).float().mean() > 0.3
 
 
 def test_text_alone_has_no_recall_and_no_tokens_for_it(folder: Path) -> None:

@@ -21,7 +21,7 @@ from datamodules.documents import Domain
 from datamodules.packing import IGNORED, TextBatch
 from datamodules.tokenizers import ByteTokenizer, train_bpe
 from theria.models.memory_lm import MemoryLM
-from theria.tasks.associative_recall import sample_recall
+from theria.tasks.recall import sample_recall
 
 pytestmark = [
     # Python 3.12 warns of every fork in a process with threads, which PyTorch always is.

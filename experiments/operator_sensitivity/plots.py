@@ -128,7 +128,9 @@ def _curve(axis: Axes, values: np.ndarray, mode: str) -> None:
     """Mean over seeds as a line, their range as a band."""
     window = min(LAST_STEPS, values.shape[1])
     smooth = np.array([np.convolve(v, np.ones(window) / window, mode="valid") for v in values])
-    steps = np.arange(window, values.shape[1] + 1)
+    # a hundred points show a running mean, and keep the vector file small
+    stride = -(-smooth.shape[1] // 100)
+    smooth, steps = smooth[:, ::stride], np.arange(window, values.shape[1] + 1, stride)
     colour, marker, style = _STYLES[mode]
     every = max(len(steps) // 8, 1)
     start = MODES.index(mode) * every // len(MODES)

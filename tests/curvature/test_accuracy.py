@@ -1,5 +1,6 @@
 """What an error is measured by, what is allowed, and how much of a curvature is there."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -121,6 +122,20 @@ def test_a_share_is_what_lies_along_the_reference():
     assert share(torch.tensor([4.0, -3.0]), exact) == 0
     assert share(0.3 * exact + torch.tensor([4.0, -3.0]), exact) == pytest.approx(0.3)
     assert share(-exact, exact) == -1
+
+
+def test_no_share_is_given_of_what_is_not_well_above_rounding():
+    values, sample = exact_values(CASE, torch.bfloat16)
+    _, shares = compared(values, sample, torch.bfloat16)
+    assert Quantity(HVP, "query", "key") in shares
+    assert Quantity(HVP, "value", "value") not in shares
+    flat = dataclasses.replace(CASE, magnitude=1e-3)
+    values, sample = exact_values(flat, torch.bfloat16)
+    _, shares = compared(values, sample, torch.bfloat16, flat)
+    # of order 1e-6 beside curvature of order 1, and not zero
+    assert values[Quantity(HVP, "query", "query")].abs().max() > 0
+    assert Quantity(HVP, "query", "query") not in shares
+    assert Quantity(HVP, "query", "key") in shares
 
 
 def test_shares_are_given_for_every_way_that_takes_all_blocks():

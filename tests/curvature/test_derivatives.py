@@ -183,6 +183,16 @@ def test_a_forward_mode_that_is_missing_is_an_absence(sample):
     assert not any(quantity.way in outcome.unsupported for quantity in outcome.values)
 
 
+def test_a_tangent_that_is_lost_is_zero(sample):
+    def detached(query, key, value, *, is_causal=False):
+        out = REFERENCE(query, key, value, is_causal=is_causal)
+        return out if out.requires_grad else out.detach()
+
+    values = evaluate(detached, sample, causal=True).values
+    for name in INPUTS:
+        assert torch.equal(values[Quantity(JVP, name)], torch.zeros_like(sample.cotangent))
+
+
 def test_a_call_that_breaks_the_rules_has_no_output(sample):
     def truncates(query, key, value, *, is_causal=False):
         return REFERENCE(query, key, value, is_causal=is_causal)[..., :-1, :]

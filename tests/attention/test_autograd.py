@@ -156,6 +156,9 @@ COMPOSITIONS: dict[str, Callable[[Case, AttentionOf], Any]] = {
         torch.stack([stacked(c.inputs)[1], 2 * stacked(c.inputs)[1]]),
         stacked(c.inputs)[2].movedim(0, 1),
     ),
+    "vmap(grad) over a dimension in the middle": lambda c, f: vmap(c.gradients(c.loss(f)), in_dims=(2, 1, 3))(
+        *(x.movedim(0, d) for x, d in zip(stacked(c.inputs), (2, 1, 3), strict=True))
+    ),
     "jvp(jvp(vmap)) of a shared key": lambda c, f: c.along(
         c.along(lambda q, k, v: vmap(lambda a, b: f(a, k, b))(q.unsqueeze(0), v.unsqueeze(0)))
     )(*c.inputs),

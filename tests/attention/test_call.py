@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -14,6 +16,11 @@ DEFAULTS = {
 
 def describe(query, key, value, **options):
     return describe_call(query, key, value, **{**DEFAULTS, **options})
+
+
+def unchecked(query, key, value, **options):
+    """Without the type checks that the tests run under, which users do not have."""
+    return inspect.unwrap(describe_call)(query, key, value, **{**DEFAULTS, **options})
 
 
 def tensors(query, key, value, dtype=torch.float32):
@@ -116,6 +123,30 @@ def test_window_must_hold_a_key(window):
 def test_window_is_not_a_flag():
     with pytest.raises(TypeError, match="integer or None, received True"):
         describe(*tensors((3, 4), (5, 4), (5, 4)), window=True)
+
+
+def test_window_beyond_every_key_is_cut_to_what_it_sees():
+    shapes = (3, 4), (5, 4), (5, 4)
+    assert describe(*tensors(*shapes), window=2**70).window == 5
+    assert describe(*tensors(*shapes[1:], shapes[1]), window=5).window == 5
+
+
+def test_inputs_that_are_no_tensors():
+    query, key, value = tensors((3, 4), (5, 4), (5, 4))
+    with pytest.raises(TypeError, match="must be tensors, received Tensor, ndarray, Tensor"):
+        unchecked(query, key.numpy(), value)
+
+
+@pytest.mark.parametrize("flag", [1, "yes", None])
+def test_is_causal_is_a_flag(flag):
+    with pytest.raises(TypeError, match=f"is_causal must be a bool, received {flag!r}"):
+        unchecked(*tensors((3, 4), (5, 4), (5, 4)), is_causal=flag)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_is_finite(scale):
+    with pytest.raises(ValueError, match=f"scale must be finite, received {scale}"):
+        describe(*tensors((3, 4), (5, 4), (5, 4)), scale=scale)
 
 
 def test_unknown_alignment_even_without_a_mask():

@@ -5,6 +5,7 @@ Every output buffer is filled with NaN before a launch, so what no program write
 
 import copy
 import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -496,6 +497,21 @@ def test_derivatives_in_half_precision_do_not_feel_the_size_of_keys_and_values(d
         assert relative(found[name], value) <= 3 * relative(same_dtype[name], value), name
 
 
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 5.0), (30.0, 0.25)])
+def test_derivatives_do_not_feel_the_size_of_scores(offset, scale):
+    """Within three times the error of the explicit softmax in float32, root mean square over four draws."""
+    errors, allowed = defaultdict(float), defaultdict(float)
+    for seed in range(4):
+        operands = Operands.draw((1, 2, 2, 64, 64, 16, 16), torch.float32, seed)
+        operands.key += offset
+        found = operands.outputs(OPERATORS, Band(scale))
+        same_dtype = explicit_softmax(operands, Band(scale))
+        for name, value in explicit_softmax(operands.map(Tensor.double), Band(scale)).items():
+            errors[name] += relative(found[name], value) ** 2
+            allowed[name] += 9 * relative(same_dtype[name], value) ** 2
+    assert all(errors[name] <= allowed[name] for name in errors), (errors, allowed)
+
+
 @pytest.mark.parametrize("order", ["dq", "gq"])
 def test_the_chain_keeps_the_unrounded_output(order):
     """The errors above, asked of the backend: a chain that saved the rounded O errs ten times as much."""
@@ -573,6 +589,29 @@ def test_fifty_repeats_give_equal_bits(dtype):
     for _ in range(50):
         repeated = operands.outputs(OPERATORS, band)
         assert all(torch.equal(repeated[name], first[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_the_second_derivative():
+    operands = Operands.draw((1, 2, 2, 200, 200, 32, 32), torch.float32)
+    inputs = operands.query, operands.key, operands.value
+    attention = attention_of(OPERATORS, Band(0.2, causal=True))
+
+    def work() -> list[Tensor]:
+        return reverse(attention, inputs, operands.directions, 2)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    for tensor in inputs:
+        tensor.mul_(1.5)
+    graph.replay()
+    for found, expected in zip(captured, work(), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

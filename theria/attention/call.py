@@ -59,8 +59,11 @@ def describe_call(
 
     Raises:
         ValueError: for ranks, shapes, dtypes, devices or values that make no attention call.
-        TypeError: for a window that is not an integer or a scale that is not a number.
+        TypeError: for inputs that are no tensors, a window that is not an integer, an ``is_causal`` that is
+            not a bool, or a scale that is not a number.
     """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        raise TypeError("query, key and value must be tensors, received " + _types(query, key, value))
     device = query.device
     dtypes: tuple[torch.dtype, ...] = (query.dtype, key.dtype, value.dtype)
     if autocasts(device.type):
@@ -85,12 +88,18 @@ def describe_call(
             raise ValueError(
                 f"window counts the keys a query sees, itself included, and must be at least 1, got {window}"
             )
+        # a window that reaches past every key sees no more, and fits an index
+        window = min(window, max(query.shape[-2], key.shape[-2], 1))
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, received {is_causal!r}")
     if causal_alignment not in _ALIGNMENTS:
         raise ValueError(f"causal_alignment must be one of {_ALIGNMENTS}, received {causal_alignment!r}")
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, received {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, received {scale}")
     return AttentionCall(
         *shapes,
         dtype,
@@ -106,6 +115,10 @@ def describe_call(
 def diagonal_offset(queries: int, keys: int, alignment: CausalAlignment) -> int:
     """The key that the first query stands at: 0, or keys - queries where the last stands at the last."""
     return keys - queries if alignment == "lower_right" else 0
+
+
+def _types(*values: object) -> str:
+    return ", ".join(type(value).__name__ for value in values)
 
 
 def autocasts(device_type: str) -> bool:

@@ -86,13 +86,14 @@ class TritonOperators:
         """Gradient of <dO, O>."""
         qkv = query, key, value
         _check((*qkv, cotangent), saved=(out, lse))
-        grads, delta = Gradients(*(_empty(t, t.shape[-1]) for t in qkv)), _empty_rows(query)
+        grads = Gradients(*(_empty(t, t.shape[-1]) for t in qkv))
+        constants = tuple(_empty_rows(query) for _ in range(2))
         self._launch(
             query,
             value,
             band,
-            vjp_rows=(*qkv, out, lse, cotangent, grads.query, delta),
-            vjp_columns=(*qkv, lse, cotangent, delta, grads.key, grads.value),
+            vjp_rows=(*qkv, out, lse, cotangent, grads.query, *constants),
+            vjp_columns=(*qkv, lse, cotangent, *constants, grads.key, grads.value),
         )
         return grads
 
@@ -109,7 +110,7 @@ class TritonOperators:
         """Derivative of O along the tangents."""
         _check((query, key, value, *tangents), saved=(out, lse))
         derivative = _empty(query, value.shape[-1])
-        without_cotangent = (None, None, None, None)
+        without_cotangent = (None,) * 5
         rows = (query, key, value, out, lse, *tangents, derivative, *without_cotangent)
         self._launch(query, value, band, jvp_rows=rows)
         return derivative
@@ -129,7 +130,7 @@ class TritonOperators:
         qkv = query, key, value
         _check((*qkv, cotangent, *cotangents), saved=(out, lse))
         curvature = Curvature(*(_empty(t, t.shape[-1]) for t in (*qkv, cotangent)))
-        constants = tuple(_empty_rows(query) for _ in range(3))
+        constants = tuple(_empty_rows(query) for _ in range(4))
         given = (*qkv, lse, cotangent, *cotangents, *constants)
         self._launch(
             query,

@@ -182,6 +182,17 @@ def _existing(start, length, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
     return rows & (tl.arange(0, BLOCK)[None, :] < WIDTH)
 
 
+@triton.jit
+@no_type_check
+def reciprocal(total):
+    """1 / rowsum(P), and 1 for a row of no keys.
+
+    P = exp(S - lse) of a rounded lse sums to 1 only up to |lse| 2^-24, which would break what cancels between
+    the keys of a row in every derivative.
+    """
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
+
+
 # --- the band ---------------------------------------------------------------------------------------------
 
 

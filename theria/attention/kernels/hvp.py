@@ -1,6 +1,6 @@
 """Gradient of <a, dQ> + <b, dK> + <c, dV>: a row pass for gQ and a column pass for gK and gV.
 
-Both start from the row constants m, D and e that ``jvp_rows`` leaves behind, and write W of
+Both start from the row constants m, D, e and 1 / rowsum(P) that ``jvp_rows`` leaves behind, and write W of
 `theria.attention.operators` as P (G - e) + dS (T - m).
 """
 
@@ -40,6 +40,7 @@ def hvp_rows(
     m,
     delta,
     e,
+    rescale,
     gq,
     scale,
     queries,
@@ -71,6 +72,7 @@ def hvp_rows(
     mean = load_entries(m, batch, head, start, queries, 0.0, BLOCK_QUERIES, False)
     d = load_entries(delta, batch, head, start, queries, 0.0, BLOCK_QUERIES, False)
     e_row = load_entries(e, batch, head, start, queries, 0.0, BLOCK_QUERIES, False)
+    normal = load_entries(rescale, batch, head, start, queries, 0.0, BLOCK_QUERIES, False)
     acc = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
     tiles = keys_of_queries(
         start, queries, keys, offset, window, CAUSAL, WINDOWED, BLOCK_QUERIES, BLOCK_KEYS, PASSES
@@ -94,7 +96,8 @@ def hvp_rows(
             t = times_transposed(q_tile, b_tile, t, PRECISION) * scale - mean[:, None]
             w = p * (times_transposed(do_tile, c_tile, zeros, PRECISION) - e_row[:, None]) + ds * t
             acc = times(w.to(k_tile.dtype), k_tile, acc, PRECISION)
-    store_rows(gq, batch, head, start, queries, acc * scale, DIM, BLOCK_QUERIES, BLOCK_DIM)
+    acc = acc * (scale * normal)[:, None]
+    store_rows(gq, batch, head, start, queries, acc, DIM, BLOCK_QUERIES, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "kv_heads"])
@@ -111,6 +114,7 @@ def hvp_columns(
     m,
     delta,
     e,
+    rescale,
     gk,
     gv,
     scale,
@@ -165,8 +169,9 @@ def hvp_columns(
                 mean = load_entries(m, batch, head, first, queries, 0.0, BLOCK_QUERIES, INSIDE)
                 d = load_entries(delta, batch, head, first, queries, 0.0, BLOCK_QUERIES, INSIDE)
                 e_row = load_entries(e, batch, head, first, queries, 0.0, BLOCK_QUERIES, INSIDE)
+                normal = load_entries(rescale, batch, head, first, queries, 0.0, BLOCK_QUERIES, INSIDE)
                 scores = times_transposed(k_tile, q_tile, zeros, PRECISION) * (scale * LOG2_E)
-                p = tl.exp2(scores - lse2[None, :])
+                p = tl.exp2(scores - lse2[None, :]) * normal[None, :]
                 if not INSIDE:
                     seen = visible(rows[None, :], columns[:, None], keys, offset, window, CAUSAL, WINDOWED)
                     p = tl.where(seen, p, 0.0)

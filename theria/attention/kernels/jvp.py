@@ -11,6 +11,7 @@ from theria.attention.kernels.common import (
     load_entries,
     load_rows,
     program_of_queries,
+    reciprocal,
     store_entries,
     store_rows,
     tile_count,
@@ -37,6 +38,7 @@ def jvp_rows(
     m,
     delta,
     e,
+    rescale,
     scale,
     queries,
     keys,
@@ -57,7 +59,7 @@ def jvp_rows(
 ):
     """U = [P T] V - m O + P c of one tile of queries.
 
-    With a cotangent dO also m = rowsum(P T), D = rowsum(dO O) and e = rowsum(dO U).
+    With a cotangent dO also m = rowsum(P T), D = rowsum(dO O), e = rowsum(dO U) and 1 / rowsum(P).
     """
     start, batch, head = program_of_queries(queries, heads, BLOCK_QUERIES)
     kv_head = head // SHARING
@@ -68,6 +70,7 @@ def jvp_rows(
     lse2 = LOG2_E * load_entries(lse, batch, head, start, queries, float("inf"), BLOCK_QUERIES, False)
     acc = tl.zeros((BLOCK_QUERIES, BLOCK_VALUE_DIM), tl.float32)
     mean = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
     tiles = keys_of_queries(
         start, queries, keys, offset, window, CAUSAL, WINDOWED, BLOCK_QUERIES, BLOCK_KEYS, PASSES
     )
@@ -87,10 +90,13 @@ def jvp_rows(
             t = times_transposed(a_tile, k_tile, zeros, PRECISION)
             pt = p * (times_transposed(q_tile, b_tile, t, PRECISION) * scale)
             mean += tl.sum(pt, 1)
+            total += tl.sum(p, 1)
             acc = times(pt.to(v_tile.dtype), v_tile, acc, PRECISION)
             acc = times(p.to(c_tile.dtype), c_tile, acc, PRECISION)
     out_tile = load_rows(out, batch, head, start, queries, VALUE_DIM, BLOCK_QUERIES, BLOCK_VALUE_DIM, False)
-    derivative = acc - mean[:, None] * out_tile
+    normal = reciprocal(total)
+    mean = mean * normal
+    derivative = acc * normal[:, None] - mean[:, None] * out_tile
     store_rows(u, batch, head, start, queries, derivative, VALUE_DIM, BLOCK_QUERIES, BLOCK_VALUE_DIM)
     if do is not None:
         do_tile = load_rows(do, batch, head, start, queries, VALUE_DIM, BLOCK_QUERIES, BLOCK_VALUE_DIM, False)
@@ -100,3 +106,4 @@ def jvp_rows(
         store_entries(m, batch, head, start, queries, mean, BLOCK_QUERIES)
         store_entries(delta, batch, head, start, queries, d, BLOCK_QUERIES)
         store_entries(e, batch, head, start, queries, e_row, BLOCK_QUERIES)
+        store_entries(rescale, batch, head, start, queries, normal, BLOCK_QUERIES)

@@ -13,6 +13,7 @@ from theria.attention.kernels.common import (
     program_of_keys,
     program_of_queries,
     queries_of_keys,
+    reciprocal,
     store_entries,
     store_rows,
     tile_count,
@@ -34,6 +35,7 @@ def vjp_rows(
     do,
     dq,
     delta,
+    rescale,
     scale,
     queries,
     keys,
@@ -52,7 +54,7 @@ def vjp_rows(
     PRECISION: tl.constexpr,
     PASSES: tl.constexpr,
 ):
-    """DQ = s dS K and D = rowsum(dO O) of one tile of queries."""
+    """DQ = s dS K, D = rowsum(dO O) and 1 / rowsum(P) of one tile of queries."""
     start, batch, head = program_of_queries(queries, heads, BLOCK_QUERIES)
     kv_head = head // SHARING
     rows = start + tl.arange(0, BLOCK_QUERIES)
@@ -64,6 +66,7 @@ def vjp_rows(
     store_entries(delta, batch, head, start, queries, d, BLOCK_QUERIES)
     lse2 = LOG2_E * load_entries(lse, batch, head, start, queries, float("inf"), BLOCK_QUERIES, False)
     acc = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
     tiles = keys_of_queries(
         start, queries, keys, offset, window, CAUSAL, WINDOWED, BLOCK_QUERIES, BLOCK_KEYS, PASSES
     )
@@ -78,9 +81,13 @@ def vjp_rows(
             if not INSIDE:
                 seen = visible(rows[:, None], columns[None, :], keys, offset, window, CAUSAL, WINDOWED)
                 p = tl.where(seen, p, 0.0)
+            total += tl.sum(p, 1)
             ds = p * (times_transposed(do_tile, v_tile, zeros, PRECISION) - d[:, None])
             acc = times(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
-    store_rows(dq, batch, head, start, queries, acc * scale, DIM, BLOCK_QUERIES, BLOCK_DIM)
+    normal = reciprocal(total)
+    store_entries(rescale, batch, head, start, queries, normal, BLOCK_QUERIES)
+    acc = acc * (scale * normal)[:, None]
+    store_rows(dq, batch, head, start, queries, acc, DIM, BLOCK_QUERIES, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset", "window", "kv_heads"])
@@ -92,6 +99,7 @@ def vjp_columns(
     lse,
     do,
     delta,
+    rescale,
     dk,
     dv,
     scale,
@@ -141,8 +149,9 @@ def vjp_columns(
                     lse, batch, head, first, queries, float("inf"), BLOCK_QUERIES, INSIDE
                 )
                 d = load_entries(delta, batch, head, first, queries, 0.0, BLOCK_QUERIES, INSIDE)
+                normal = load_entries(rescale, batch, head, first, queries, 0.0, BLOCK_QUERIES, INSIDE)
                 scores = times_transposed(k_tile, q_tile, zeros, PRECISION) * (scale * LOG2_E)
-                p = tl.exp2(scores - lse2[None, :])
+                p = tl.exp2(scores - lse2[None, :]) * normal[None, :]
                 if not INSIDE:
                     seen = visible(rows[None, :], columns[:, None], keys, offset, window, CAUSAL, WINDOWED)
                     p = tl.where(seen, p, 0.0)

@@ -20,6 +20,7 @@ from theria.attention import custom, scaled_dot_product_attention, triton_fused
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
+from theria.attention.kernels import tiles
 from theria.attention.kernels.common import thirds
 from theria.attention.operators import AttentionOperators, Band, Gradients
 from theria.attention.registry import select_backend
@@ -414,6 +415,26 @@ def test_wide_float32_needs_shared_memory(monkeypatch, dtype, width, refused):
     assert reason is None or "131072 bytes of shared memory, not 101376" in reason
 
 
+@pytest.mark.parametrize(
+    ("precision", "generation", "taken"),
+    [("ieee", "hopper", "ieee"), ("ieee", "ampere", "fma"), ("tf32x3", "ampere", "tf32x3")],
+)
+def test_exact_products_are_taken_where_the_units_find_them_in_shared_memory(
+    monkeypatch, precision, generation, taken
+):
+    monkeypatch.setattr(tiles, "generation", lambda device: generation)
+    assert tiles.arithmetic(precision, torch.device("cuda")) == taken
+    assert tiles.arithmetic(precision, torch.device("cpu")) == precision
+
+
+def test_tuned_tiles_keep_the_parts_of_exact_products_out_of_registers():
+    """The rows of every product are those of the tile that a program owns."""
+    for (device, taken, _), kernels in tiles.TUNED.items():
+        if (device, taken) == ("hopper", "ieee"):
+            owned = {name: t.keys if name.endswith("_columns") else t.queries for name, t in kernels.items()}
+            assert min(owned.values()) >= 64
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------
 
 
@@ -449,6 +470,13 @@ LARGE = {
     "widest": ((2, 2, 2, 97, 130, 256, 256), Band(0.06, causal=True, offset=33)),
     "causal, long": ((1, 2, 2, 4097, 4097, 64, 64), Band(0.125, causal=True)),
     "rows without a key": ((1, 4, 2, 300, 100, 64, 64), Band(0.125, causal=True, offset=-200)),
+    # widths that one assembler or another has turned into wrong code
+    "narrow values": ((2, 2, 2, 150, 150, 40, 16), Band(0.15, causal=True)),
+    "values of 32": ((2, 2, 2, 150, 150, 64, 32), Band(0.125, causal=True, window=9)),
+    "narrow keys": ((2, 2, 1, 257, 150, 16, 20), Band(0.25)),
+    "keys of 32, wide values": ((1, 2, 2, 150, 150, 32, 128), Band(0.17, causal=True)),
+    "wide keys, values of 32": ((1, 2, 2, 150, 150, 128, 32), Band(0.09, causal=True)),
+    "beyond 128": ((1, 4, 2, 100, 33, 136, 136), Band(0.09)),
 }
 RMS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 

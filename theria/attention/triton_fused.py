@@ -6,7 +6,7 @@ No launch adds to memory that another program writes, so two equal calls give eq
 
 import contextvars
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -16,11 +16,12 @@ import triton
 from torch import Tensor
 
 from theria.attention.call import AttentionCall
+from theria.attention.kernels import assembler
 from theria.attention.kernels.common import Operand, Vector
 from theria.attention.kernels.forward import forward_rows
 from theria.attention.kernels.hvp import hvp_columns, hvp_rows
 from theria.attention.kernels.jvp import jvp_rows
-from theria.attention.kernels.tiles import tiles_for
+from theria.attention.kernels.tiles import arithmetic, tiles_for
 from theria.attention.kernels.vjp import vjp_columns, vjp_rows
 from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumExp, Out, Query, Value
 
@@ -43,6 +44,9 @@ _INTERPRETED = not isinstance(forward_rows, triton.runtime.JITFunction)
 launches: Counter[str] = Counter()
 """How often each kernel has been launched in this process; ``launches.clear()`` starts over."""
 
+Jobs = dict[str, tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]
+"""By kernel: grid, arguments and constants."""
+
 _compiled: set[tuple[Any, ...]] = set()
 
 
@@ -59,9 +63,11 @@ class TritonOperators:
             in float32, on the matrix units, which multiply the numbers' three parts of 8 bits, nine products
             in all (CUBLAS_COMPUTE_32F_EMULATED_16BFX9 of cuBLAS is the same idea). Errors are those of plain
             float32, not its bits: the units truncate within a tile's sum; an infinite factor gives NaN; of
-            numbers below 2^-110 the last part is lost. "fma": fused multiply-adds of the ordinary units,
-            several times slower. "bf16x6" leaves out the three least of the nine products, "tf32x3" takes two
-            parts of 11 bits. "tf32" rounds the factors to 11 bits. Half precision ignores it.
+            numbers below 2^-110 the last part is lost. Only Hopper's units find all parts in shared memory:
+            other devices, tiles of less than 64 rows and widths above 128 take "fma", the fused multiply-adds
+            of the ordinary units, several times slower. "bf16x6" leaves out the three least of the nine
+            products, "tf32x3" takes two parts of 11 bits. "tf32" rounds the factors to 11 bits. Half
+            precision ignores it.
 
     Raises:
         ValueError: for another precision, and, from the operators, for a dtype, device or width that the
@@ -75,9 +81,18 @@ class TritonOperators:
 
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
         """O = P V and lse."""
-        _check((query, key, value))
+        qkv = query, key, value
+        _check(qkv)
         out, lse = _empty(query, value.shape[-1], torch.float32), _empty_rows(query)
-        self._launch(query, value, band, forward_rows=(query, key, value, out, lse))
+
+        def following() -> dict[str, tuple[Tensor, ...]]:
+            cotangent = out.new_empty(out.shape, dtype=query.dtype, device="meta")
+            grads = [t.new_empty(t.shape, device="meta") for t in qkv]
+            return _vjp_operands(*qkv, out, lse, cotangent, grads, [lse, lse])
+
+        trained = any(t.requires_grad for t in qkv)
+        operands = {"forward_rows": (*qkv, out, lse)}
+        self._launch(query, value, band, operands, following if trained else None)
         return out, lse
 
     def vjp(
@@ -87,14 +102,9 @@ class TritonOperators:
         qkv = query, key, value
         _check((*qkv, cotangent), saved=(out, lse))
         grads = Gradients(*(_empty(t, t.shape[-1]) for t in qkv))
-        constants = tuple(_empty_rows(query) for _ in range(2))
-        self._launch(
-            query,
-            value,
-            band,
-            vjp_rows=(*qkv, out, lse, cotangent, grads.query, *constants),
-            vjp_columns=(*qkv, lse, cotangent, *constants, grads.key, grads.value),
-        )
+        constants = [_empty_rows(query) for _ in range(2)]
+        operands = _vjp_operands(*qkv, out, lse, cotangent, grads, constants)
+        self._launch(query, value, band, operands)
         return grads
 
     def jvp(
@@ -112,7 +122,7 @@ class TritonOperators:
         derivative = _empty(query, value.shape[-1])
         without_cotangent = (None,) * 5
         rows = (query, key, value, out, lse, *tangents, derivative, *without_cotangent)
-        self._launch(query, value, band, jvp_rows=rows)
+        self._launch(query, value, band, {"jvp_rows": rows})
         return derivative
 
     def hvp(
@@ -132,38 +142,57 @@ class TritonOperators:
         curvature = Curvature(*(_empty(t, t.shape[-1]) for t in (*qkv, cotangent)))
         constants = tuple(_empty_rows(query) for _ in range(4))
         given = (*qkv, lse, cotangent, *cotangents, *constants)
-        self._launch(
-            query,
-            value,
-            band,
-            jvp_rows=(*qkv, out, lse, *cotangents, curvature.out_cotangent, cotangent, *constants),
-            hvp_rows=(*given, curvature.query),
-            hvp_columns=(*given, curvature.key, curvature.value),
-        )
+        operands = {
+            "jvp_rows": (*qkv, out, lse, *cotangents, curvature.out_cotangent, cotangent, *constants),
+            "hvp_rows": (*given, curvature.query),
+            "hvp_columns": (*given, curvature.key, curvature.value),
+        }
+        self._launch(query, value, band, operands)
         return curvature
 
     def _launch(
-        self, query: Tensor, value: Tensor, band: Band, **operands: tuple[Tensor | None, ...]
+        self,
+        query: Tensor,
+        value: Tensor,
+        band: Band,
+        operands: Mapping[str, Sequence[Tensor | None]],
+        following: Callable[[], Mapping[str, Sequence[Tensor | None]]] | None = None,
     ) -> None:
-        """Run the named kernels on their operands, one after the other."""
+        """Run the named kernels on their operands, one after the other.
+
+        The kernels of ``following`` will be needed next: they compile along when these compile.
+        """
+        jobs = self._jobs(query, value, band, operands)
+        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+            if query.is_cuda and jobs:
+                met = (query.dtype, query.device, following is None, *_specialisations(jobs))
+                if met not in _compiled:
+                    assembler.install(query.device)
+                    ahead = {} if following is None else self._jobs(query, value, band, following())
+                    _compile_together({**jobs, **ahead}, query)
+                    _compiled.add(met)
+            for name, (grid, arguments, constants) in jobs.items():
+                launches[name] += 1
+                _KERNELS[name][grid](*arguments, **constants)
+
+    def _jobs(
+        self, query: Tensor, value: Tensor, band: Band, operands: Mapping[str, Sequence[Tensor | None]]
+    ) -> Jobs:
+        """Grid, arguments and constants of the named kernels, without those that have nothing to do."""
         jobs = {}
         for name, tensors in operands.items():
             programs, constants = self._grid(name, query, value, band)
             if programs > 0:
                 jobs[name] = (programs,), (*_arguments(tensors), *_sizes(name, query, value, band)), constants
-        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-            if query.is_cuda:
-                _compile_together(jobs, query)
-            for name, (grid, arguments, constants) in jobs.items():
-                launches[name] += 1
-                _KERNELS[name][grid](*arguments, **constants)
+        return jobs
 
     def _grid(self, name: str, query: Tensor, value: Tensor, band: Band) -> tuple[int, dict[str, Any]]:
         """How many programs a kernel takes, and its constants."""
         batch, heads, queries, dim = query.shape
         _, kv_heads, keys, value_dim = value.shape
         width = max(dim, value_dim)
-        tiles = tiles_for(name, query.dtype, self.precision, width, query.device).within(queries, keys)
+        precision = arithmetic(self.precision, query.device)
+        tiles = tiles_for(name, query.dtype, precision, width, query.device).within(queries, keys)
         length, tile, owners = (
             (keys, tiles.keys, kv_heads) if name.endswith("_columns") else (queries, tiles.queries, heads)
         )
@@ -177,7 +206,7 @@ class TritonOperators:
             "BLOCK_VALUE_DIM": max(16, triton.next_power_of_2(value_dim)),
             "BLOCK_QUERIES": tiles.queries,
             "BLOCK_KEYS": tiles.keys,
-            "PRECISION": self.precision,
+            "PRECISION": precision,
             # float32 products take long to compile, and beside them a mask costs nothing
             "PASSES": 1 if query.dtype == torch.float32 else 2,
             "num_warps": tiles.warps,
@@ -202,15 +231,31 @@ def _sizes(name: str, query: Tensor, value: Tensor, band: Band) -> tuple[float, 
     return band.scale, queries, keys, band.offset, window, heads
 
 
-def _compile_together(jobs: dict[str, tuple[Any, Any, dict[str, Any]]], query: Tensor) -> None:
-    """Compile and load an operator's kernels at the same time when it is first met: each takes seconds.
+def _vjp_operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cotangent: Tensor,
+    grads: Sequence[Tensor],
+    constants: Sequence[Tensor],
+) -> dict[str, tuple[Tensor, ...]]:
+    """What the kernels of ``vjp`` read and write."""
+    qkv = query, key, value
+    return {
+        "vjp_rows": (*qkv, out, lse, cotangent, grads[0], *constants),
+        "vjp_columns": (*qkv, lse, cotangent, *constants, *grads[1:]),
+    }
 
-    What is remembered leaves out how strides are aligned: a kernel compiled once more for those compiles
-    when it is launched.
-    """
-    met = (query.dtype, query.device, *((name, *job[2].values()) for name, job in jobs.items()))
-    if len(jobs) < 2 or met in _compiled:
-        return
+
+def _specialisations(jobs: Jobs) -> Iterator[tuple[Any, ...]]:
+    """What kernels are compiled for, but for how strides are aligned, which is left to the launch."""
+    return ((name, *constants.values()) for name, (_, _, constants) in jobs.items())
+
+
+def _compile_together(jobs: Jobs, query: Tensor) -> None:
+    """Compile and load kernels at the same time: each takes seconds."""
 
     def warm_up() -> list[Any]:
         return [
@@ -231,7 +276,6 @@ def _compile_together(jobs: dict[str, tuple[Any, Any, dict[str, Any]]], query: T
         # the mode outlives an error in its context, where every later compilation would meet it
         contextvars.copy_context().run(compile_in_threads)
         list(threads.map(load, warm_up()))
-    _compiled.add(met)
 
 
 def _check(operands: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> None:
@@ -264,7 +308,7 @@ def _refusal(dtype: torch.dtype, device: torch.device, width: int) -> str | None
     if width > MAX_WIDTH:
         return f"it supports widths up to {MAX_WIDTH}, not {width}"
     if device.type == "cuda":
-        return _lack_of_shared_memory(dtype, device, width)
+        return assembler.reason_against(device) or _lack_of_shared_memory(dtype, device, width)
     if device.type == "cpu" and _INTERPRETED:
         return None
     return (

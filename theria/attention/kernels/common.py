@@ -55,9 +55,10 @@ def times(left, right, accumulator, PRECISION: tl.constexpr):
         accumulator += tl.dot(left.to(tl.float32), right.to(tl.float32))
     elif left.dtype != tl.float32:
         accumulator = tl.dot(left, right, accumulator)
-    elif PRECISION == "ieee":
+    elif PRECISION == "ieee" and left.shape[0] >= 64:
         accumulator += _exact_times(left, right)
-    elif PRECISION == "fma":
+    elif PRECISION == "ieee" or PRECISION == "fma":
+        # below 64 rows Hopper's units want the thirds of every operand in registers, which do not hold them
         accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
     else:
         accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)

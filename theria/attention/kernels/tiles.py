@@ -68,12 +68,12 @@ TUNED = {
         "hvp_columns": Tiles(32, 128, 8, 1),
     },
     ("hopper", "ieee", 128): {
-        "forward_rows": Tiles(128, 64, 8, 1),
+        "forward_rows": Tiles(128, 32, 8, 1),
         "vjp_rows": Tiles(128, 32, 8, 1),
         "vjp_columns": Tiles(32, 128, 8, 1),
         "jvp_rows": Tiles(128, 32, 8, 1),
-        "hvp_rows": Tiles(64, 32, 4, 1),
-        "hvp_columns": Tiles(64, 32, 8, 1),
+        "hvp_rows": Tiles(64, 16, 4, 1),
+        "hvp_columns": Tiles(16, 64, 4, 1),
     },
     ("hopper", "fma", 64): {
         "forward_rows": Tiles(32, 64, 4, 1),
@@ -133,9 +133,16 @@ def tiles_for(kernel: str, dtype: torch.dtype, precision: str, width: int, devic
     if device.type == "cpu":
         return INTERPRETER
     bucket = max(64, _power_of_two(width))
-    arithmetic = precision if dtype == torch.float32 else "half"
-    tuned = TUNED.get((generation(device), arithmetic, bucket), {})
+    taken = precision if dtype == torch.float32 else "half"
+    tuned = TUNED.get((generation(device), taken, bucket), {})
     return tuned.get(kernel, SAFE[dtype.itemsize, bucket])
+
+
+def arithmetic(precision: str, device: torch.device) -> str:
+    """How float32 products are taken for a precision: "ieee" by fused multiply-adds but on Hopper."""
+    if precision == "ieee" and device.type == "cuda" and generation(device) != "hopper":
+        return "fma"
+    return precision
 
 
 def generation(device: torch.device) -> str:

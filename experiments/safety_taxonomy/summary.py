@@ -12,28 +12,40 @@ _STATISTICS = ("stats_detach_logits_sdpa", "stats_detach_softmax_output_sdpa")
 _HEALTHY, *_COLLAPSED = COMPARED
 
 
+INTRODUCTION = """# Ways to break attention, and what each does to second-order meta-learning
+
+Every variant is put around every backend and audited (`theria.curvature`): its verdict beside the expected
+one, the share of its curvature that survives, and |FULL - FO| / |FULL| by the depth of the inner loop beside
+the published figures. There is a section for each device and dtype, with the command that renews it.
+"""
+
+
 def summarise(
-    table: pd.DataFrame, depths: pd.DataFrame | None, provenance: str, notes: Sequence[str], picture: str
+    table: pd.DataFrame, depths: pd.DataFrame | None, provenance: Sequence[str], picture: str
 ) -> str:
-    """The Markdown report of the crossed table and of the FULL-FO difference by depth."""
+    """A section of the report: the crossed table and the FULL-FO difference by depth.
+
+    Args:
+        table: rows of `theria.curvature.report`.
+        depths: of `differences_by_depth`; None leaves them out.
+        provenance: lines on where the figures come from.
+        picture: path of the heat map from the page.
+    """
     lines = [
-        "# Ways to break attention, and what each does to second-order meta-learning",
-        "",
-        provenance,
-        *(f"{note}  " for note in notes),
+        *(f"{line}  " for line in provenance),
         "",
         f"![variants by diagnostics]({picture})",
         "",
-        "## Verdicts",
+        "### Verdicts",
         "",
         *_verdicts(table),
         "",
-        "## What survives",
+        "### What survives",
         "",
         *_surviving(table),
     ]
     if depths is not None:
-        lines += ["", "## |FULL - FO| / |FULL| by depth", "", *_by_depth(depths)]
+        lines += ["", "### |FULL - FO| / |FULL| by depth", "", *_by_depth(depths)]
     return "\n".join([*lines, ""])
 
 

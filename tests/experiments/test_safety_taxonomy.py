@@ -138,9 +138,10 @@ def test_a_run_writes_table_picture_and_summary_and_no_variant_stops_it(tmp_path
     monkeypatch.setattr(study, "theria_backend", small_backend)
     names = ["baseline", "detach_attention_output", "no_grad_attention", "checkpoint"]
     out = tmp_path / "taxonomy.md"
+    out.write_text("# Title\n\n## Some GPU, float32\n\nof another run\n", encoding="utf-8")
     arguments = ["--backend", "reference", "--variants", *names, "--steps", "1", "--inner-steps", "1", "2"]
     main([*arguments, "--seeds", "2", "--out", str(out)])
-    table = pd.read_csv(out.with_suffix(".csv"))
+    table = pd.read_csv(tmp_path / "taxonomy_cpu_float32.csv")
     assert list(table.columns[:12]) == [
         *("wrapper", "attention_backend", "status"),
         *(f"second_order_path{part}_{over}" for part in ("", "_attn", "_head") for over in ("all", "any")),
@@ -149,12 +150,15 @@ def test_a_run_writes_table_picture_and_summary_and_no_variant_stops_it(tmp_path
     assert list(table["wrapper"]) == [name for name in names for _ in range(1 if name == "checkpoint" else 2)]
     failed = table[table["wrapper"] == "checkpoint"].iloc[0]
     assert (failed["status"], failed["error"]) == ("HARD_FAIL_OTHER", "MemoryError: no room for this one")
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "taxonomy_cpu_float32.png").read_bytes().startswith(b"\x89PNG")
     report = out.read_text(encoding="utf-8")
+    assert report.startswith(
+        "# Title\n\n## Some GPU, float32\n\nof another run\n\n## CPU, float32\n\nCommand: "
+    )
     assert "| `no_grad_attention` |" in report
     assert "HARD_FAIL (HARD_FAIL_UNUSED)" in report
     assert "Rows with HARD_FAIL_OTHER: 1 of 7." in report
-    assert "](taxonomy.png)" in report
+    assert "](taxonomy_cpu_float32.png)" in report
     capsys.readouterr()
 
 
@@ -243,11 +247,11 @@ ROW = {
 def test_the_summary_says_what_the_numbers_say():
     table = pd.DataFrame([ROW])
     always = depth_table({1: [0.2, 0.3], 20: [0.8, 0.9]}, {1: [0.1, 0.1], 20: [0.4, 0.5]})
-    said = summarise(table, always, "", [], "x.png")
+    said = summarise(table, always, [], "x.png")
     assert "suppressed in every seed at k = 1, k = 20" in said
     assert "as large as the" not in said
     overlapping = depth_table({1: [0.2, 0.3], 20: [0.8, 0.9]}, {1: [0.1, 0.1], 20: [0.4, 1.2]})
-    said = summarise(table, overlapping, "", [], "x.png")
+    said = summarise(table, overlapping, [], "x.png")
     assert "suppressed in every seed at k = 1;" in said
     assert "at k = 20 the curvature that remains" in said
     assert "- k = 20: 0.94 times the baseline's mean, lower in 1 of 2" in said

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from theria.curvature.cases import Sample
 from theria.curvature.convention import Attention
 from theria.curvature.verdicts import Status, one_line, status_of
+from theria.maml.refusals import raise_refusals
 
 INPUTS = ("query", "key", "value")
 OUTPUTS = (*INPUTS, "cotangent")
@@ -120,31 +121,12 @@ def differentiate_again(
     """Gradient of ``scalar + 0 sum(leaves)`` by the leaves, raising whatever ``backward()`` would raise.
 
     The added edges are those of meta-learning: an inner step x - lr g(x) depends on x whatever g does, so a
-    gradient that comes back without a graph is zero curvature there, not an error.
-
-    ``torch.autograd.grad`` does not enter the parts of a graph that lead to none of its inputs. The node with
-    which ``@once_differentiable`` refuses a second derivative leads to none: asked for the gradient by given
-    inputs, autograd goes past it and returns zeros. So every leaf that the graph reaches is asked for here.
+    gradient that comes back without a graph is zero curvature there, not an error. What the graph refuses is
+    one, see `raise_refusals`.
     """
+    raise_refusals((scalar,), leaves)
     total = scalar + torch.stack([0 * leaf.sum() for leaf in leaves]).sum()
-    own = {id(leaf) for leaf in leaves}
-    others = [leaf for leaf in _reached(total) if id(leaf) not in own]
-    gradients = torch.autograd.grad(total, (*leaves, *others), retain_graph=retain_graph, allow_unused=False)
-    return gradients[: len(leaves)]
-
-
-def _reached(tensor: Tensor) -> list[Tensor]:
-    """Every leaf of the graph that ends in a tensor."""
-    found, seen, waiting = [], set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting.extend(next_node for next_node, _ in node.next_functions)
-    return found
+    return torch.autograd.grad(total, tuple(leaves), retain_graph=retain_graph, allow_unused=False)
 
 
 def _copies(sample: Sample, differentiable: Sequence[int] = (0, 1, 2)) -> list[Tensor]:

@@ -88,10 +88,10 @@ def _surviving(table: pd.DataFrame) -> list[str]:
     ]
     said = [
         f"Over {backend}. The first four columns: the least share, over all calls, of the callable's own"
-        " curvature by each input, the mean over directions in query, key and value. Then the same of the"
-        " sequence classifier's support loss by its projections, and of all three together along one"
-        " direction. Last the magnitude of that second-order path, and whether it counts as existing (1% or"
-        " more).",
+        " curvature by each input, as a variable of the gradients of query, key and value or as what the"
+        " gradient is taken by. Then the same of the sequence classifier's support loss by its projections, and"
+        " of all three together along one direction. Last the magnitude of that second-order path, and whether"
+        " it counts as existing (1% or more).",
         "",
         *markdown_table(["variant", *columns, "path exists"], lines),
     ]
@@ -135,6 +135,9 @@ def _by_depth(depths: pd.DataFrame) -> list[str]:
         " published: one step, seed 0.",
         "",
         *markdown_table(header, lines),
+        "",
+        "Published text says both that the difference stays high at k = 20 under collapse and that collapse"
+        " suppresses it. What the seeds here say, depth by depth:",
         "",
         *(line for name in _COLLAPSED for line in _what_is_true(depths, name)),
     ]

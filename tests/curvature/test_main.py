@@ -109,7 +109,7 @@ def test_a_wrong_command_line_is_status_2(arguments, capsys):
 def test_a_device_that_is_not_there_is_status_2(capsys):
     with pytest.raises(SystemExit):
         main(["m:f", "--device", "cuda"])
-    assert "there is no CUDA device" in capsys.readouterr().err
+    assert "cuda is not here: there are 0 CUDA devices" in capsys.readouterr().err
 
 
 def test_a_layout_that_cannot_be_told_can_be_given(kernels, capsys):

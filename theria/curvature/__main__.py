@@ -61,11 +61,37 @@ def load(path: str) -> Callable[..., Any]:
 
 def _cases(text: str) -> tuple[Case, Case]:
     """The cases of a shape on the command line."""
-    sizes = [int(size) for size in text.split("x")]
-    if len(sizes) != 5 or min(sizes) < 1:
-        raise ValueError(f"a shape is BxHxLxSxE, got {text!r}")
-    batch, heads, queries, keys, dim = sizes
+    sizes = text.split("x")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"a shape is five positive numbers BxHxLxSxE, got {text!r}")
+    batch, heads, queries, keys, dim = map(int, sizes)
     return Case(batch, heads, queries, keys, dim), Case(batch, heads, queries, keys, dim, causal=True)
+
+
+def _device(text: str) -> str:
+    """A device that is here."""
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"a device is cpu, cuda or cuda:N, got {text!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"a device is cpu, cuda or cuda:N, got {text!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{text} is not here: there are {count} CUDA devices")
+    return text
+
+
+def _file(text: str) -> Path:
+    """A file to write, in a folder that is made; most obstacles show before the audit, not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
+    return path
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +105,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--known", nargs="*", metavar="NAME", help="audit the implementations people use (or those named)"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=_DTYPES)
     parser.add_argument(
         "--shapes",
@@ -93,9 +119,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inner-steps", type=int, nargs="*", default=[1, 5], help="depths of MAML")
     parser.add_argument("--steps", type=int, default=5, help="outer steps at each depth")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
-    parser.add_argument("--json", type=Path, help="file to write everything to, case by case")
-    parser.add_argument("--markdown", type=Path, help="file whose section of this device to write or renew")
+    parser.add_argument("--csv", type=_file, help="file to write the rows to")
+    parser.add_argument("--json", type=_file, help="file to write everything to, case by case")
+    parser.add_argument("--markdown", type=_file, help="file whose section of this device to write or renew")
     parser.add_argument(
         "--fail-on",
         choices=[verdict.value for verdict in Verdict if verdict is not Verdict.SAFE] + [_NEVER],
@@ -105,10 +131,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.callables) == (args.known is not None):
         parser.error("name what to audit: MODULE:FUNCTION, or --known")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA device")
-    if args.steps < 1 or any(count < 0 for count in args.inner_steps):
-        parser.error("--steps must be at least 1 and --inner-steps at least 0")
+    if args.steps < 1 or args.seed < 0 or any(count < 0 for count in args.inner_steps):
+        parser.error("--steps must be at least 1, --inner-steps and --seed at least 0")
     return args
 
 
@@ -154,12 +178,25 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
     return reports, absent
 
 
+def write(args: argparse.Namespace, reports: Sequence[AuditReport], absent: Absent) -> None:
+    """Every file that the command line asks for."""
+    if args.csv and reports:
+        write_csv([row for report in reports for row in rows(report)], args.csv)
+    if args.json:
+        write_json(reports, args.json)
+    if args.markdown:
+        write_markdown(reports, absent, args.markdown)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Audit, print and write; the exit status."""
     args = parse(arguments)
     console = Console(stderr=True)
     try:
         reports, absent = audit_all(args, console)
+    except SystemExit as error:  # the status is the audit's to give
+        print(f"theria.curvature: the callable ends the process (SystemExit: {error})", file=sys.stderr)
+        return 2
     except (UsageError, ConventionError) as error:
         print(f"theria.curvature: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -174,12 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 out.print(f"  {line}", markup=False, highlight=False)
     for name, reason in absent.items():
         out.print(f"absent: {name}: {reason}", markup=False, highlight=False)
-    if args.csv and reports:
-        write_csv([row for report in reports for row in rows(report)], args.csv)
-    if args.json:
-        write_json(reports, args.json)
-    if args.markdown:
-        write_markdown(reports, absent, args.markdown)
+    try:
+        write(args, reports, absent)
+    except OSError as error:
+        print(f"theria.curvature: cannot write: {error}", file=sys.stderr)
+        return 2
     threshold = args.fail_on or (Verdict.WRONG_CURVATURE if args.known is None else _NEVER)
     if threshold == _NEVER:
         return 0

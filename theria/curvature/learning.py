@@ -202,7 +202,9 @@ def _form(
         form = _as_called(attention, convention.always_causal, expanded)
         try:
             with torch.no_grad():
-                form(one, many, many)
+                out = form(one, many, many)
+            if out.dtype is not dtype:
+                raise TypeError(f"the output is of {out.dtype} instead of {dtype}")
         except Exception as error:  # the implementation is someone else's and may raise anything
             failure = failure or Failure.of(error, 0)
         else:

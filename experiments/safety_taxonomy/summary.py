@@ -89,9 +89,9 @@ def _surviving(table: pd.DataFrame) -> list[str]:
     said = [
         f"Over {backend}. The first four columns: the least share, over all calls, of the callable's own"
         " curvature by each input, as a variable of the gradients of query, key and value or as what the"
-        " gradient is taken by. Then the same of the sequence classifier's support loss by its projections, and"
-        " of all three together along one direction. Last the magnitude of that second-order path, and whether"
-        " it counts as existing (1% or more).",
+        " gradient is taken by. Then the same of the classifier's support loss by its projections, and of all"
+        " three together along one direction. Last the magnitude of that second-order path, and whether it"
+        " counts as existing (1% or more).",
         "",
         *markdown_table(["variant", *columns, "path exists"], lines),
     ]

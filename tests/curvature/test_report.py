@@ -154,7 +154,9 @@ def test_remarks_name_findings_absences_and_refusals():
 def test_markdown_renews_the_section_of_its_device_and_dtype_alone(tmp_path):
     path = tmp_path / "kernel_safety.md"
     path.write_text("# Title\n\n## Some GPU, float32\n\nkept as it is\n", encoding="utf-8")
-    write_markdown([reported()], {"other kernels, float32": "not installed"}, path)
+    write_markdown(
+        [reported()], {"other kernels, float32": "absent, not installed", "mine, bfloat16": "elsewhere"}, path
+    )
     write_markdown([reported(cut)], {}, path)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# Title\n\n## Some GPU, float32\n\nkept as it is\n\n## CPU, float32\n")
@@ -162,8 +164,11 @@ def test_markdown_renews_the_section_of_its_device_and_dtype_alone(tmp_path):
     assert "| mine | float32 | HARD_FAIL |" in text
     assert "SAFE |" not in text
     assert f"torch {torch.__version__}" in text
-    write_markdown([reported()], {"other kernels, float32": "not installed"}, path)
+    write_markdown(
+        [reported()], {"other kernels, float32": "absent, not installed", "mine, bfloat16": "elsewhere"}, path
+    )
     assert "- other kernels: absent, not installed" in path.read_text(encoding="utf-8")
+    assert "elsewhere" not in path.read_text(encoding="utf-8")
 
 
 def test_markdown_begins_with_what_it_is_and_says_where_its_figures_come_from(tmp_path):

@@ -28,7 +28,8 @@ from theria.curvature.verdicts import Verdict
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NEVER = "NEVER"
 
-Absent = dict[str, str]
+Notes = dict[str, str]
+"""Implementation and dtype -> what is said of it besides its report: that it is absent, or how it was run."""
 
 
 class UsageError(Exception):
@@ -136,10 +137,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditReport], Absent]:
-    """Every audit that the command line asks for, and what is absent."""
+def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditReport], Notes]:
+    """Every audit that the command line asks for, and notes on the known implementations."""
     reports: list[AuditReport] = []
-    absent: Absent = {}
+    notes: Notes = {}
     more = tuple(case for pair in args.shapes for case in pair)
     options = {"device": args.device, "inner_steps": args.inner_steps, "steps": args.steps, "seed": args.seed}
     loaded = {path: load(path) for path in args.callables}
@@ -161,8 +162,10 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
             if args.known and implementation.name not in args.known:
                 continue
             if implementation.function is None:
-                absent[f"{implementation.name}, {name}"] = implementation.absent
+                notes[f"{implementation.name}, {name}"] = f"absent, {implementation.absent}"
                 continue
+            if implementation.note:
+                notes[f"{implementation.name}, {name}"] = implementation.note
             console.print(f"[dim]{implementation.name}, {name}", highlight=False)
             reports.append(
                 audit(
@@ -175,17 +178,17 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
                     **options,
                 )
             )
-    return reports, absent
+    return reports, notes
 
 
-def write(args: argparse.Namespace, reports: Sequence[AuditReport], absent: Absent) -> None:
+def write(args: argparse.Namespace, reports: Sequence[AuditReport], notes: Notes) -> None:
     """Every file that the command line asks for."""
     if args.csv and reports:
         write_csv([row for report in reports for row in rows(report)], args.csv)
     if args.json:
         write_json(reports, args.json)
     if args.markdown:
-        write_markdown(reports, absent, args.markdown)
+        write_markdown(reports, notes, args.markdown)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     console = Console(stderr=True)
     try:
-        reports, absent = audit_all(args, console)
+        reports, notes = audit_all(args, console)
     except SystemExit as error:  # the status is the audit's to give
         print(f"theria.curvature: the callable ends the process (SystemExit: {error})", file=sys.stderr)
         return 2
@@ -209,10 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out.print(f"{report.name}, {str(report.dtype).removeprefix('torch.')}", style="bold")
             for line in lines:
                 out.print(f"  {line}", markup=False, highlight=False)
-    for name, reason in absent.items():
-        out.print(f"absent: {name}: {reason}", markup=False, highlight=False)
+    for name, said in notes.items():
+        out.print(f"{name}: {said}", markup=False, highlight=False)
     try:
-        write(args, reports, absent)
+        write(args, reports, notes)
     except OSError as error:
         print(f"theria.curvature: cannot write: {error}", file=sys.stderr)
         return 2

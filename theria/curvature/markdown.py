@@ -25,16 +25,20 @@ the number of inner steps. An empty cell was not reached, because an earlier ord
 """
 
 
-def write_markdown(reports: Sequence[AuditReport], absent: Mapping[str, str], path: Path) -> None:
-    """Write or renew the sections of the devices and dtypes at hand; other sections stay as they are."""
+def write_markdown(reports: Sequence[AuditReport], notes: Mapping[str, str], path: Path) -> None:
+    """Write or renew the sections of the devices and dtypes at hand; other sections stay as they are.
+
+    Args:
+        reports: the rows.
+        notes: "implementation, dtype" -> what else is to be said of it, such as that and why it is absent.
+        path: of the page.
+    """
     sections = {}
     for title in dict.fromkeys(_title(report) for report in reports):
         mine = [report for report in reports if _title(report) == title]
         dtype = title.rpartition(", ")[2]
-        missing = {
-            name.rpartition(", ")[0]: reason for name, reason in absent.items() if name.endswith(f", {dtype}")
-        }
-        sections[title] = "\n".join(_section(mine, missing))
+        own = {name.rpartition(", ")[0]: said for name, said in notes.items() if name.endswith(f", {dtype}")}
+        sections[title] = "\n".join(_section(mine, own))
     renew_sections(path, _INTRODUCTION, sections)
 
 
@@ -61,7 +65,7 @@ def renew_sections(path: Path, introduction: str, sections: Mapping[str, str]) -
     path.write_text("\n".join(text), encoding="utf-8")
 
 
-def _section(reports: Sequence[AuditReport], absent: Mapping[str, str]) -> list[str]:
+def _section(reports: Sequence[AuditReport], notes: Mapping[str, str]) -> list[str]:
     interpreted = [f"TRITON_INTERPRET={value}"] if (value := os.environ.get("TRITON_INTERPRET")) else []
     command = shlex.join([*interpreted, "python", "-m", "theria.curvature", *sys.argv[1:]])
     lines = [
@@ -74,8 +78,7 @@ def _section(reports: Sequence[AuditReport], absent: Mapping[str, str]) -> list[
     ]
     for report in reports:
         lines += [f"- {report.name}: {remark}" for remark in remarks(report)]
-    lines += [f"- {name}: absent, {reason}" for name, reason in absent.items()]
-    return lines
+    return lines + [f"- {name}: {said}" for name, said in notes.items()]
 
 
 def _title(report: AuditReport) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from theria.provenance import device_name
+
 
 def provenance(module: str) -> str:
     """Markdown lines naming the command, the device, its threads and the versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     # the report says how to make it where it is kept, whichever directory this run writes to
     shown = [f"docs/results/{Path(b).name}" if a == "--out" else b for a, b in itertools.pairwise(sys.argv)]
     command = shlex.join(["python", "-m", module, *shown])
@@ -30,11 +32,3 @@ def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from callbacks.attention_grad_logger import AttentionGradLogger
 from callbacks.cuda_memory_stats import CUDAMemoryStats
+from callbacks.curvature_probe import CurvatureProbe
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
 from callbacks.optimizer_values import ConfiguredOptimizerValues
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionGradLogger",
     "CUDAMemoryStats",
     "ConfiguredOptimizerValues",
+    "CurvatureProbe",
     "MetricsJSONL",
     "RNGState",
     "ResumableCheckpoint",

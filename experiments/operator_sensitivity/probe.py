@@ -5,17 +5,12 @@ import time
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from experiments.operator_sensitivity.operator import ATTENTION_MODULES, second_order_magnitude
 from experiments.operator_sensitivity.runs import Run
 from lightning_modules import MetaSeqClassifier
-from theria.curvature import relative_difference
+from theria.curvature import second_order_signal
 from theria.curvature.verdicts import one_line
-from theria.maml import MetaMode, meta_gradient
 from theria.tasks.synthetic_seqcls import TaskBatch
-
-Gradients = dict[str, Tensor]
 
 
 class OperatorProbe(Callback):
@@ -31,7 +26,7 @@ class OperatorProbe(Callback):
     Attributes:
         rel_diff: |g_FULL - g_FO| / |g_FULL| over all parameters, by measurement.
         attn_rel_diff: the same over q_proj, k_proj and v_proj: the attention-local second-order signal.
-        attn_path: see `second_order_magnitude`.
+        attn_path: see `theria.curvature.SecondOrderSignal`.
         seconds: what each measurement took.
         failure: the error that ended the measurements, or nothing.
         peak_bytes: largest CUDA memory of the training around the measurements; 0 on a CPU.
@@ -73,25 +68,17 @@ class OperatorProbe(Callback):
 
     def _measure(self, module: MetaSeqClassifier, batch: TaskBatch) -> None:
         support, query = (batch.support_x, batch.support_y), (batch.query_x, batch.query_y)
-        full, first = (
-            meta_gradient(
-                module.model,
-                support,
-                query,
-                mode=mode,
-                inner_steps=self.run.inner_steps,
-                inner_lr=self.run.inner_lr,
-            ).grads
-            for mode in (MetaMode.FULL, MetaMode.FO)
+        found = second_order_signal(
+            module.model,
+            support,
+            query,
+            inner_steps=self.run.inner_steps,
+            inner_lr=self.run.inner_lr,
         )
-        self.rel_diff.append(relative_difference(first, full))
-        self.attn_rel_diff.append(relative_difference(_of_attention(first), _of_attention(full)))
-        self.attn_path.append(second_order_magnitude(module.model, support))
+        self.rel_diff.append(found.rel_diff)
+        self.attn_rel_diff.append(found.attn_rel_diff)
+        self.attn_path.append(found.attn_path.magnitude)
 
     def mean(self, values: list[float]) -> float:
         """Over the measurements; NaN if there was none."""
         return statistics.fmean(values) if values else float("nan")
-
-
-def _of_attention(gradients: Gradients) -> Gradients:
-    return {n: g for n, g in gradients.items() if n.rpartition(".")[0] in ATTENTION_MODULES}

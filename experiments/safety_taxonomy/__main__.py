@@ -2,9 +2,9 @@
 
     python -m experiments.safety_taxonomy --backend all --steps 5 --inner-steps 1 5 10 20 --device cpu
 
-writes a Markdown summary, a CSV and a picture. Every variant is audited over every backend; a variant
-that fails does not stop the others. On a CPU triton_fused runs under Triton's interpreter, some 10 ms a tile,
-and therefore on two sequences and --interpreter-steps outer steps.
+writes a CSV, a picture and the device's section of a Markdown summary. Every variant is audited over every
+backend; a variant that fails does not stop the others. On a CPU triton_fused runs under Triton's interpreter,
+some 10 ms a tile, and therefore on two sequences and --interpreter-steps outer steps.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--out",
         type=Path,
         default=Path("runs/safety_taxonomy.md"),
-        help="Markdown file to write; the CSV and the picture go beside it",
+        help="Markdown file whose section of this device to write or renew; CSV and picture go beside it",
     )
     return parser.parse_args(arguments)
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from experiments.safety_taxonomy.variants import VARIANTS
 from theria.attention import registered_backend, scaled_dot_product_attention
-from theria.attention.call import CausalAlignment
-from theria.curvature import relative_difference
-from theria.maml import meta_gradient
+from theria.curvature import as_backend, full_and_first_order, relative_difference
 from theria.models.seq_classifier import SeqClassifier
 from theria.tasks.synthetic_seqcls import SeqClsSpec, sample_tasks
 
@@ -64,30 +62,10 @@ def _meta_gradients(
     """FULL and FO meta-gradient of the frozen study's first meta-batch."""
     spec = SeqClsSpec()
     attend = VARIANTS[variant].wrap(partial(scaled_dot_product_attention, backend="reference"))
-
-    def backend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        window: int | None,
-        causal_alignment: CausalAlignment,
-        scale: float,
-        enable_gqa: bool,
-    ) -> Tensor:
-        return attend(query, key, value, is_causal=is_causal)
-
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = SeqClassifier(spec.width, spec.num_classes, backend="reference").to(device)
     ids = torch.arange(_TASKS, device=device)
     batch = sample_tasks(spec, ids, seed=seed, epoch=0, stream="train")
-    with registered_backend("variant", backend) as model.backend:
-        full, first_order = (
-            meta_gradient(
-                model, batch[:2], batch[2:4], mode=mode, inner_steps=inner_steps, inner_lr=_INNER_LR
-            ).grads
-            for mode in ("FULL", "FO")
-        )
-    return full, first_order
+    with registered_backend("variant", as_backend(attend)) as model.backend:
+        return full_and_first_order(model, batch[:2], batch[2:4], inner_steps=inner_steps, inner_lr=_INNER_LR)

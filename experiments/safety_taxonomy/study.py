@@ -1,21 +1,25 @@
 """The crossed audit of broken variants and backends, and the files it writes."""
 
 import argparse
+import platform
+import shlex
+import sys
 from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-from benchmarks.report import provenance
 from experiments.safety_taxonomy.depth import differences_by_depth
 from experiments.safety_taxonomy.picture import draw
-from experiments.safety_taxonomy.summary import summarise
+from experiments.safety_taxonomy.summary import INTRODUCTION, summarise
 from experiments.safety_taxonomy.variants import VARIANTS, Variant
 from theria.curvature import Status, Verdict, audit
-from theria.curvature.known import Implementation, theria_backend
+from theria.curvature.known import Implementation, theria_backend, versions
+from theria.curvature.markdown import renew_sections, section_title
 from theria.curvature.report import Row, rows
 from theria.curvature.verdicts import one_line
+from theria.provenance import device_name
 
 
 def run(args: argparse.Namespace, backends: Sequence[str]) -> None:
@@ -57,13 +61,23 @@ def run(args: argparse.Namespace, backends: Sequence[str]) -> None:
             found += of_variant
     table = pd.DataFrame(found)
     depths = differences_by_depth(args.inner_steps, range(args.seeds), device) if args.seeds else None
+    title = section_title(device, dtype)
+    beside = args.out.with_name(f"{args.out.stem}_{title.lower().replace(', ', '_').replace(' ', '_')}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = args.out.with_suffix(".png")
-    table.to_csv(args.out.with_suffix(".csv"), index=False)
-    draw(table, picture)
-    report = summarise(table, depths, provenance("experiments.safety_taxonomy"), notes, picture.name)
-    args.out.write_text(report, encoding="utf-8")
-    console.print(f"written: {args.out}, and beside it the CSV and the picture", soft_wrap=True)
+    table.to_csv(beside.with_suffix(".csv"), index=False)
+    draw(table, beside.with_suffix(".png"))
+    said = summarise(table, depths, [*_provenance(device), *notes], beside.with_suffix(".png").name)
+    renew_sections(args.out, INTRODUCTION, {title: said})
+    console.print(f"written: {args.out}, and beside it {beside.name}.csv and .png", soft_wrap=True)
+
+
+def _provenance(device: torch.device) -> list[str]:
+    command = shlex.join(["python", "-m", "experiments.safety_taxonomy", *sys.argv[1:]])
+    return [
+        f"Command: `{command}`",
+        f"Device: {device_name(device)}",
+        f"Versions: {versions()}, Python {platform.python_version()}",
+    ]
 
 
 def crossed(

@@ -12,28 +12,40 @@ _STATISTICS = ("stats_detach_logits_sdpa", "stats_detach_softmax_output_sdpa")
 _HEALTHY, *_COLLAPSED = COMPARED
 
 
+INTRODUCTION = """# Ways to break attention, and what each does to second-order meta-learning
+
+Every variant is put around every backend and audited (`theria.curvature`): its verdict beside the expected
+one, the share of its curvature that survives, and |FULL - FO| / |FULL| by the depth of the inner loop beside
+the published figures. There is a section for each device and dtype, with the command that renews it.
+"""
+
+
 def summarise(
-    table: pd.DataFrame, depths: pd.DataFrame | None, provenance: str, notes: Sequence[str], picture: str
+    table: pd.DataFrame, depths: pd.DataFrame | None, provenance: Sequence[str], picture: str
 ) -> str:
-    """The Markdown report of the crossed table and of the FULL-FO difference by depth."""
+    """A section of the report: the crossed table and the FULL-FO difference by depth.
+
+    Args:
+        table: rows of `theria.curvature.report`.
+        depths: of `differences_by_depth`; None leaves them out.
+        provenance: lines on where the figures come from.
+        picture: path of the heat map from the page.
+    """
     lines = [
-        "# Ways to break attention, and what each does to second-order meta-learning",
-        "",
-        provenance,
-        *(f"{note}  " for note in notes),
+        *(f"{line}  " for line in provenance),
         "",
         f"![variants by diagnostics]({picture})",
         "",
-        "## Verdicts",
+        "### Verdicts",
         "",
         *_verdicts(table),
         "",
-        "## What survives",
+        "### What survives",
         "",
         *_surviving(table),
     ]
     if depths is not None:
-        lines += ["", "## |FULL - FO| / |FULL| by depth", "", *_by_depth(depths)]
+        lines += ["", "### |FULL - FO| / |FULL| by depth", "", *_by_depth(depths)]
     return "\n".join([*lines, ""])
 
 
@@ -76,10 +88,10 @@ def _surviving(table: pd.DataFrame) -> list[str]:
     ]
     said = [
         f"Over {backend}. The first four columns: the least share, over all calls, of the callable's own"
-        " curvature by each input, the mean over directions in query, key and value. Then the same of the"
-        " sequence classifier's support loss by its projections, and of all three together along one"
-        " direction. Last the magnitude of that second-order path, and whether it counts as existing (1% or"
-        " more).",
+        " curvature by each input, as a variable of the gradients of query, key and value or as what the"
+        " gradient is taken by. Then the same of the classifier's support loss by its projections, and of all"
+        " three together along one direction. Last the magnitude of that second-order path, and whether it"
+        " counts as existing (1% or more).",
         "",
         *markdown_table(["variant", *columns, "path exists"], lines),
     ]
@@ -123,6 +135,9 @@ def _by_depth(depths: pd.DataFrame) -> list[str]:
         " published: one step, seed 0.",
         "",
         *markdown_table(header, lines),
+        "",
+        "Published text says both that the difference stays high at k = 20 under collapse and that collapse"
+        " suppresses it. What the seeds here say, depth by depth:",
         "",
         *(line for name in _COLLAPSED for line in _what_is_true(depths, name)),
     ]

@@ -141,7 +141,8 @@ VARIANTS = {
             rewired(by_formula(frozen_probabilities=True)),
             "a differentiable backward around probabilities that are recomputed under no_grad",
             _COLLAPSE,
-            collapsed=("query", "key"),
+            # value because its own gradient, dV = P^T dO, is then a constant
+            collapsed=("query", "key", "value"),
         ),
         Variant(
             "frozen_statistics",

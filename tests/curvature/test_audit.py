@@ -226,10 +226,29 @@ def become_nan(gradients, q, k, v, do):
     return [g * torch.where(torch.ones_like(g) > 0, 1, torch.sqrt(g - g)) for g in gradients(q, k, v, do)]
 
 
+def lose_one(index):
+    """One input's own gradient comes without a graph."""
+
+    def cut(gradients, *args):
+        found = list(gradients(*args))
+        found[index] = silently(found[index])
+        return found
+
+    return cut
+
+
+def lose_the_key_in_the_querys_gradient(gradients, q, k, v, do):
+    return gradients(q, silently(k), v, do)[0], *gradients(q, k, v, do)[1:]
+
+
 @pytest.mark.parametrize(
     ("cut", "verdict", "collapsed"),
     [
         (lambda gradients, *args: gradients(*args), Verdict.SAFE, ()),
+        (lose_one(0), Verdict.SILENT_COLLAPSE, ("query",)),
+        (lose_one(1), Verdict.SILENT_COLLAPSE, ("key",)),
+        (lose_one(2), Verdict.SILENT_COLLAPSE, ("value",)),
+        (lose_the_key_in_the_querys_gradient, Verdict.WRONG_CURVATURE, ()),
         (lose_cross_terms, Verdict.WRONG_CURVATURE, ()),
         (lose_the_cotangent, Verdict.SILENT_COLLAPSE, ("cotangent",)),
         (lose_all_at_a_constant_cotangent, Verdict.SILENT_COLLAPSE, ("query", "key", "value")),
@@ -240,6 +259,58 @@ def test_curvature_that_is_lost_in_part(cut, verdict, collapsed):
     report = audit(formula(cut), **BRIEFLY)
     assert report.verdict is verdict
     assert report.collapsed == collapsed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_input_that_lost_its_gradients_graph_is_named_in_half_precision_too(index, dtype):
+    attend = formula(lose_one(index))
+
+    def rounded(query, key, value, is_causal=False):
+        return attend(query.float(), key.float(), value.float(), is_causal).to(query.dtype)
+
+    report = audit(rounded, dtype=dtype, inner_steps=())
+    assert report.verdict is Verdict.SILENT_COLLAPSE
+    assert report.collapsed == (("query", "key", "value")[index],)
+
+
+class Scaled(Function):
+    """The identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return ctx.factor * cotangent, None
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"),
+    [
+        (1.0, Verdict.SAFE),
+        (1.002, Verdict.WRONG_CURVATURE),
+        (0.5, Verdict.WRONG_CURVATURE),
+        (0.15, Verdict.WRONG_CURVATURE),
+        (0.05, Verdict.SILENT_COLLAPSE),
+        (-1.0, Verdict.SILENT_COLLAPSE),
+    ],
+)
+def test_curvature_of_another_size(factor, verdict):
+    def cut(gradients, q, k, v, do):
+        return gradients(*(Scaled.apply(t, factor) for t in (q, k, v)), do)
+
+    report = audit(formula(cut), inner_steps=())
+    assert report.verdict is verdict
+    if factor < 1:
+        assert report.surviving["query"] == pytest.approx(factor, abs=1e-3)
+
+
+def test_a_finding_names_the_derivative_that_is_wrong():
+    report = audit(formula(lose_the_key_in_the_querys_gradient), inner_steps=())
+    assert report.findings[0].text.startswith("hvp, key along query off by 1,")
 
 
 def one_alone(query, key, value, causal):
@@ -315,10 +386,40 @@ def test_inputs_written_to_and_outputs_of_another_shape_are_a_wrong_forward():
         out = REFERENCE(query, key, value, is_causal=is_causal)
         return out[:, :, :-1] if is_causal else out
 
-    for function, complaint in ((writes, "writes into its input key"), (truncates, "has shape")):
-        report = audit(function, inner_steps=())
+    def halves(query, key, value, is_causal=False):
+        return REFERENCE(query, key, value, is_causal=is_causal).half()
+
+    functions = {
+        writes: "writes into its input key",
+        truncates: "has shape",
+        halves: "is of torch.float16 instead of torch.float32",
+    }
+    for function, complaint in functions.items():
+        report = audit(function, **BRIEFLY)
         assert report.verdict is Verdict.WRONG_FORWARD
         assert complaint in report.findings[0].text
+
+
+def test_noise_is_a_wrong_forward():
+    def noisy(query, key, value, is_causal=False):
+        return REFERENCE(query, key, value, is_causal=is_causal) + 0.01 * torch.randn_like(query)
+
+    assert audit(noisy, inner_steps=()).verdict is Verdict.WRONG_FORWARD
+
+
+def test_a_module_with_parameters_of_its_own_is_sound_and_they_get_no_gradient():
+    class Gain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+
+        def forward(self, query, key, value, is_causal=False):
+            return self.used * REFERENCE(query, key, value, is_causal=is_causal)
+
+    gain = Gain()
+    assert audit(gain, **BRIEFLY).verdict is Verdict.SAFE
+    assert gain.used.grad is None
+    assert gain.unused.grad is None
 
 
 def test_a_rounding_too_many_is_a_wrong_forward_in_float32():

@@ -1,14 +1,15 @@
 """How a callable wants to be called is learnt from its names and outputs, and never guessed."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
-from theria.attention import scaled_dot_product_attention
-from theria.curvature import Convention, ConventionError
+from theria.attention import registered_backend, scaled_dot_product_attention
+from theria.curvature import Convention, ConventionError, as_backend
 from theria.curvature.convention import find_convention
 
 
@@ -139,3 +140,20 @@ def test_a_callable_that_writes_into_its_inputs_does_not_mislead():
 def test_an_output_that_is_no_tensor_is_named():
     with pytest.raises(TypeError, match="must return a tensor"):
         Convention().bind(lambda q, k, v: [q])(*(torch.ones(1, 1, 2, 2) for _ in range(3)))
+
+
+def test_as_a_backend_it_takes_masks_and_refuses_what_it_has_no_word_for():
+    inputs = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    bare = partial(scaled_dot_product_attention, backend="reference")
+    with registered_backend("bare", as_backend(bare)) as name:
+        for causal in (False, True):
+            found = scaled_dot_product_attention(*inputs, is_causal=causal, backend=name)
+            torch.testing.assert_close(found, bare(*inputs, is_causal=causal))
+        shared = [inputs[0], inputs[1][:, :1], inputs[2][:, :1]]
+        for arguments, options in (
+            (inputs, {"window": 2}),
+            (inputs, {"scale": 1.0}),
+            (shared, {"enable_gqa": True}),
+        ):
+            with pytest.raises(NotImplementedError, match="takes no window, shared heads or scale"):
+                scaled_dot_product_attention(*arguments, backend=name, **options)

@@ -31,6 +31,9 @@ class Nested:
 def strange(query, key, value):
     return query
 
+def leaves(query, key, value):
+    raise SystemExit(0)
+
 number = 3
 """
 
@@ -96,6 +99,15 @@ def test_what_cannot_be_audited_is_one_line_and_another_status(kernels, path, co
         ["m:f", "--steps", "0"],
         ["m:f", "--dtype", "int8"],
         ["m:f", "--fail-on", "SAFE"],
+        ["m:f", "--seed", "-1"],
+        ["m:f", "--device", "nonsense"],
+        ["m:f", "--device", "meta"],
+        ["m:f", "--device", "cuda:99"],
+        ["m:f", "--shapes", "2x3x0x5x8"],
+        ["m:f", "--shapes", "axb"],
+        ["m:f", "--inner-steps", "-1"],
+        ["m:f", "--csv", "."],
+        ["m:f", "--json", "raises.py/audit.json"],
     ],
 )
 def test_a_wrong_command_line_is_status_2(arguments, capsys):
@@ -109,7 +121,22 @@ def test_a_wrong_command_line_is_status_2(arguments, capsys):
 def test_a_device_that_is_not_there_is_status_2(capsys):
     with pytest.raises(SystemExit):
         main(["m:f", "--device", "cuda"])
-    assert "there is no CUDA device" in capsys.readouterr().err
+    assert "cuda is not here: there are 0 CUDA devices" in capsys.readouterr().err
+
+
+def test_a_callable_cannot_choose_the_status(kernels, capsys):
+    assert main([f"{kernels}:leaves", "--layout", "heads_first", *QUICKLY]) == 2
+    assert "the callable ends the process (SystemExit: 0)" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_written_after_all_are_status_2(kernels, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("theria.curvature.__main__.write_json", full)
+    assert main([f"{kernels}:sound", "--inner-steps", "--json", "new/folder/audit.json"]) == 2
+    assert "cannot write: no space left" in capsys.readouterr().err
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 def test_a_layout_that_cannot_be_told_can_be_given(kernels, capsys):
@@ -162,7 +189,7 @@ def test_known_implementations_are_audited_or_listed_as_absent(capsys, tmp_path)
     out = capsys.readouterr().out
     assert "SAFE" in out
     assert "FIRST_ORDER_ONLY" in out
-    assert "absent: flash-attn, float32: the package flash_attn is not installed" in out.replace("\n", " ")
+    assert "flash-attn, float32: absent, the package flash_attn is not installed" in out.replace("\n", " ")
     lines = (tmp_path / "known.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + 3
     assert any("No viable backend" in line and "HARD_FAIL" in line for line in lines)

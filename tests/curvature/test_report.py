@@ -14,6 +14,7 @@ from theria.attention import scaled_dot_product_attention
 from theria.curvature import Case, MetaTask, audit
 from theria.curvature.markdown import write_markdown
 from theria.curvature.report import as_dict, remarks, rows, tables, write_csv, write_json
+from theria.provenance import device_name
 from theria.tasks.synthetic_seqcls import SeqClsSpec
 
 REFERENCE = partial(scaled_dot_product_attention, backend="reference")
@@ -153,7 +154,9 @@ def test_remarks_name_findings_absences_and_refusals():
 def test_markdown_renews_the_section_of_its_device_and_dtype_alone(tmp_path):
     path = tmp_path / "kernel_safety.md"
     path.write_text("# Title\n\n## Some GPU, float32\n\nkept as it is\n", encoding="utf-8")
-    write_markdown([reported()], {"other kernels, float32": "not installed"}, path)
+    write_markdown(
+        [reported()], {"other kernels, float32": "absent, not installed", "mine, bfloat16": "elsewhere"}, path
+    )
     write_markdown([reported(cut)], {}, path)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# Title\n\n## Some GPU, float32\n\nkept as it is\n\n## CPU, float32\n")
@@ -161,12 +164,16 @@ def test_markdown_renews_the_section_of_its_device_and_dtype_alone(tmp_path):
     assert "| mine | float32 | HARD_FAIL |" in text
     assert "SAFE |" not in text
     assert f"torch {torch.__version__}" in text
-    write_markdown([reported()], {"other kernels, float32": "not installed"}, path)
+    write_markdown(
+        [reported()], {"other kernels, float32": "absent, not installed", "mine, bfloat16": "elsewhere"}, path
+    )
     assert "- other kernels: absent, not installed" in path.read_text(encoding="utf-8")
+    assert "elsewhere" not in path.read_text(encoding="utf-8")
 
 
-def test_markdown_begins_with_what_it_is(tmp_path):
-    write_markdown([reported(dtype=torch.bfloat16)], {}, tmp_path / "new.md")
-    text = (tmp_path / "new.md").read_text(encoding="utf-8")
+def test_markdown_begins_with_what_it_is_and_says_where_its_figures_come_from(tmp_path):
+    write_markdown([reported(dtype=torch.bfloat16)], {}, tmp_path / "folder" / "new.md")
+    text = (tmp_path / "folder" / "new.md").read_text(encoding="utf-8")
+    assert f"\nDevice: {device_name('cpu')}  \nVersions: " in text
     assert text.startswith("# Which attention implementations carry second order\n")
     assert "## CPU, bfloat16" in text

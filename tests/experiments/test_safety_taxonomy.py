@@ -16,11 +16,14 @@ from experiments.safety_taxonomy.depth import PUBLISHED, differences_by_depth
 from experiments.safety_taxonomy.picture import draw
 from experiments.safety_taxonomy.summary import summarise
 from experiments.safety_taxonomy.variants import VARIANTS
-from theria.attention import available_backends, scaled_dot_product_attention
+from theria.attention import available_backends, registered_backend, scaled_dot_product_attention
 from theria.attention.triton_fused import launches
-from theria.curvature import Case, MetaTask, Status, Verdict, audit
-from theria.tasks.synthetic_seqcls import SeqClsSpec
+from theria.curvature import Case, MetaTask, Status, Verdict, as_backend, audit
+from theria.maml import meta_gradient
+from theria.models.seq_classifier import SeqClassifier
+from theria.tasks.synthetic_seqcls import SeqClsSpec, sample_tasks
 
+REFERENCE = partial(scaled_dot_product_attention, backend="reference")
 TASK = MetaTask(SeqClsSpec(length=8, width=16, num_classes=3, support_size=4, query_size=4), tasks=4)
 CASES = (
     Case(1, 2, 9, 9, 16),
@@ -118,15 +121,34 @@ def test_a_detached_output_keeps_the_global_path_and_the_heads():
 
 
 def test_once_differentiable_comes_back_from_autograd_grad_without_a_word():
-    """Why the audit asks for every leaf: a FULL meta-gradient by given parameters does not raise here."""
-    variant = VARIANTS["once_differentiable_sim"]
-    attend = variant.wrap(partial(scaled_dot_product_attention, backend="reference"))
+    """Why the audit, and `theria.maml`, ask for every leaf of the graph."""
+    attend = VARIANTS["once_differentiable_sim"].wrap(
+        partial(scaled_dot_product_attention, backend="reference")
+    )
     query, key, value = (torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3))
     gradients = torch.autograd.grad(attend(query, key, value).square().sum(), query, create_graph=True)
     again = torch.autograd.grad(gradients[0].sum() + 0 * query.sum(), query, retain_graph=True)
     assert torch.equal(again[0], torch.zeros_like(query))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradients[0].sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["unrolled", "sweep"])
+def test_once_differentiable_attention_learns_in_first_order_and_stops_second_order(strategy):
+    attend = VARIANTS["once_differentiable_sim"].wrap(
+        partial(scaled_dot_product_attention, backend="reference")
+    )
+    batch = sample_tasks(TASK.spec, torch.arange(2), seed=0, epoch=0, stream="train")
+    model = SeqClassifier(TASK.spec.width, TASK.spec.num_classes, backend="reference")
+    learn = partial(
+        meta_gradient, model, batch[:2], batch[2:4], inner_steps=2, inner_lr=0.4, strategy=strategy
+    )
+    expected = learn(mode="FO").grads
+    with registered_backend("once", as_backend(attend)) as model.backend:
+        for name, gradient in learn(mode="FO").grads.items():
+            torch.testing.assert_close(gradient, expected[name])
+        with pytest.raises(RuntimeError, match=r"once_differentiable|must implement the jvp"):
+            learn(mode="FULL")
 
 
 def test_a_run_writes_table_picture_and_summary_and_no_variant_stops_it(tmp_path, monkeypatch, capsys):
@@ -138,9 +160,10 @@ def test_a_run_writes_table_picture_and_summary_and_no_variant_stops_it(tmp_path
     monkeypatch.setattr(study, "theria_backend", small_backend)
     names = ["baseline", "detach_attention_output", "no_grad_attention", "checkpoint"]
     out = tmp_path / "taxonomy.md"
+    out.write_text("# Title\n\n## Some GPU, float32\n\nof another run\n", encoding="utf-8")
     arguments = ["--backend", "reference", "--variants", *names, "--steps", "1", "--inner-steps", "1", "2"]
     main([*arguments, "--seeds", "2", "--out", str(out)])
-    table = pd.read_csv(out.with_suffix(".csv"))
+    table = pd.read_csv(tmp_path / "taxonomy_cpu_float32.csv")
     assert list(table.columns[:12]) == [
         *("wrapper", "attention_backend", "status"),
         *(f"second_order_path{part}_{over}" for part in ("", "_attn", "_head") for over in ("all", "any")),
@@ -149,12 +172,15 @@ def test_a_run_writes_table_picture_and_summary_and_no_variant_stops_it(tmp_path
     assert list(table["wrapper"]) == [name for name in names for _ in range(1 if name == "checkpoint" else 2)]
     failed = table[table["wrapper"] == "checkpoint"].iloc[0]
     assert (failed["status"], failed["error"]) == ("HARD_FAIL_OTHER", "MemoryError: no room for this one")
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "taxonomy_cpu_float32.png").read_bytes().startswith(b"\x89PNG")
     report = out.read_text(encoding="utf-8")
+    assert report.startswith(
+        "# Title\n\n## Some GPU, float32\n\nof another run\n\n## CPU, float32\n\nCommand: "
+    )
     assert "| `no_grad_attention` |" in report
     assert "HARD_FAIL (HARD_FAIL_UNUSED)" in report
     assert "Rows with HARD_FAIL_OTHER: 1 of 7." in report
-    assert "](taxonomy.png)" in report
+    assert "](taxonomy_cpu_float32.png)" in report
     capsys.readouterr()
 
 
@@ -243,11 +269,11 @@ ROW = {
 def test_the_summary_says_what_the_numbers_say():
     table = pd.DataFrame([ROW])
     always = depth_table({1: [0.2, 0.3], 20: [0.8, 0.9]}, {1: [0.1, 0.1], 20: [0.4, 0.5]})
-    said = summarise(table, always, "", [], "x.png")
+    said = summarise(table, always, [], "x.png")
     assert "suppressed in every seed at k = 1, k = 20" in said
     assert "as large as the" not in said
     overlapping = depth_table({1: [0.2, 0.3], 20: [0.8, 0.9]}, {1: [0.1, 0.1], 20: [0.4, 1.2]})
-    said = summarise(table, overlapping, "", [], "x.png")
+    said = summarise(table, overlapping, [], "x.png")
     assert "suppressed in every seed at k = 1;" in said
     assert "at k = 20 the curvature that remains" in said
     assert "- k = 20: 0.94 times the baseline's mean, lower in 1 of 2" in said

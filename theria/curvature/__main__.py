@@ -28,7 +28,8 @@ from theria.curvature.verdicts import Verdict
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NEVER = "NEVER"
 
-Absent = dict[str, str]
+Notes = dict[str, str]
+"""Implementation and dtype -> what is said of it besides its report: that it is absent, or how it was run."""
 
 
 class UsageError(Exception):
@@ -61,11 +62,37 @@ def load(path: str) -> Callable[..., Any]:
 
 def _cases(text: str) -> tuple[Case, Case]:
     """The cases of a shape on the command line."""
-    sizes = [int(size) for size in text.split("x")]
-    if len(sizes) != 5 or min(sizes) < 1:
-        raise ValueError(f"a shape is BxHxLxSxE, got {text!r}")
-    batch, heads, queries, keys, dim = sizes
+    sizes = text.split("x")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"a shape is five positive numbers BxHxLxSxE, got {text!r}")
+    batch, heads, queries, keys, dim = map(int, sizes)
     return Case(batch, heads, queries, keys, dim), Case(batch, heads, queries, keys, dim, causal=True)
+
+
+def _device(text: str) -> str:
+    """A device that is here."""
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"a device is cpu, cuda or cuda:N, got {text!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"a device is cpu, cuda or cuda:N, got {text!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{text} is not here: there are {count} CUDA devices")
+    return text
+
+
+def _file(text: str) -> Path:
+    """A file to write, in a folder that is made; most obstacles show before the audit, not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
+    return path
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +106,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--known", nargs="*", metavar="NAME", help="audit the implementations people use (or those named)"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=_DTYPES)
     parser.add_argument(
         "--shapes",
@@ -93,9 +120,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inner-steps", type=int, nargs="*", default=[1, 5], help="depths of MAML")
     parser.add_argument("--steps", type=int, default=5, help="outer steps at each depth")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
-    parser.add_argument("--json", type=Path, help="file to write everything to, case by case")
-    parser.add_argument("--markdown", type=Path, help="file whose section of this device to write or renew")
+    parser.add_argument("--csv", type=_file, help="file to write the rows to")
+    parser.add_argument("--json", type=_file, help="file to write everything to, case by case")
+    parser.add_argument("--markdown", type=_file, help="file whose section of this device to write or renew")
     parser.add_argument(
         "--fail-on",
         choices=[verdict.value for verdict in Verdict if verdict is not Verdict.SAFE] + [_NEVER],
@@ -105,17 +132,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.callables) == (args.known is not None):
         parser.error("name what to audit: MODULE:FUNCTION, or --known")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA device")
-    if args.steps < 1 or any(count < 0 for count in args.inner_steps):
-        parser.error("--steps must be at least 1 and --inner-steps at least 0")
+    if args.steps < 1 or args.seed < 0 or any(count < 0 for count in args.inner_steps):
+        parser.error("--steps must be at least 1, --inner-steps and --seed at least 0")
     return args
 
 
-def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditReport], Absent]:
-    """Every audit that the command line asks for, and what is absent."""
+def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditReport], Notes]:
+    """Every audit that the command line asks for, and notes on the known implementations."""
     reports: list[AuditReport] = []
-    absent: Absent = {}
+    notes: Notes = {}
     more = tuple(case for pair in args.shapes for case in pair)
     options = {"device": args.device, "inner_steps": args.inner_steps, "steps": args.steps, "seed": args.seed}
     loaded = {path: load(path) for path in args.callables}
@@ -137,8 +162,10 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
             if args.known and implementation.name not in args.known:
                 continue
             if implementation.function is None:
-                absent[f"{implementation.name}, {name}"] = implementation.absent
+                notes[f"{implementation.name}, {name}"] = f"absent, {implementation.absent}"
                 continue
+            if implementation.note:
+                notes[f"{implementation.name}, {name}"] = implementation.note
             console.print(f"[dim]{implementation.name}, {name}", highlight=False)
             reports.append(
                 audit(
@@ -151,7 +178,17 @@ def audit_all(args: argparse.Namespace, console: Console) -> tuple[list[AuditRep
                     **options,
                 )
             )
-    return reports, absent
+    return reports, notes
+
+
+def write(args: argparse.Namespace, reports: Sequence[AuditReport], notes: Notes) -> None:
+    """Every file that the command line asks for."""
+    if args.csv and reports:
+        write_csv([row for report in reports for row in rows(report)], args.csv)
+    if args.json:
+        write_json(reports, args.json)
+    if args.markdown:
+        write_markdown(reports, notes, args.markdown)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,7 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     console = Console(stderr=True)
     try:
-        reports, absent = audit_all(args, console)
+        reports, notes = audit_all(args, console)
+    except SystemExit as error:  # the status is the audit's to give
+        print(f"theria.curvature: the callable ends the process (SystemExit: {error})", file=sys.stderr)
+        return 2
     except (UsageError, ConventionError) as error:
         print(f"theria.curvature: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -172,14 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out.print(f"{report.name}, {str(report.dtype).removeprefix('torch.')}", style="bold")
             for line in lines:
                 out.print(f"  {line}", markup=False, highlight=False)
-    for name, reason in absent.items():
-        out.print(f"absent: {name}: {reason}", markup=False, highlight=False)
-    if args.csv and reports:
-        write_csv([row for report in reports for row in rows(report)], args.csv)
-    if args.json:
-        write_json(reports, args.json)
-    if args.markdown:
-        write_markdown(reports, absent, args.markdown)
+    for name, said in notes.items():
+        out.print(f"{name}: {said}", markup=False, highlight=False)
+    try:
+        write(args, reports, notes)
+    except OSError as error:
+        print(f"theria.curvature: cannot write: {error}", file=sys.stderr)
+        return 2
     threshold = args.fail_on or (Verdict.WRONG_CURVATURE if args.known is None else _NEVER)
     if threshold == _NEVER:
         return 0

@@ -237,11 +237,16 @@ def _findings(
 
 
 def _beyond_tolerance(verdict: Verdict, kind: str, cases: Sequence[DerivativeProbe]) -> Iterator[Finding]:
-    """The case in which an error exceeds what is allowed the most."""
-    found = [(deviation, case) for case in cases if (deviation := case.worst(kind)) is not None]
+    """The quantity and the case in which an error exceeds what is allowed the most."""
+    found = [
+        (deviation, quantity, case)
+        for case in cases
+        for quantity, deviation in case.deviations.items()
+        if quantity.kind == kind
+    ]
     if not found:
         return
-    worst, case = max(found, key=lambda pair: pair[0].of_allowed)
+    worst, quantity, case = max(found, key=lambda entry: entry[0].of_allowed)
     if worst.of_allowed <= 1:
         return
     if case.failure is not None and case.failure.order == 0:
@@ -249,8 +254,7 @@ def _beyond_tolerance(verdict: Verdict, kind: str, cases: Sequence[DerivativePro
         return
     yield Finding(
         verdict,
-        f"{kind.replace('_', ' ')} off by {worst.relative:.2g}, {worst.of_allowed:.2g} times what is allowed"
-        f" ({case.case})",
+        f"{quantity} off by {worst.relative:.2g}, {worst.of_allowed:.2g} times what is allowed ({case.case})",
     )
 
 

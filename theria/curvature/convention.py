@@ -12,6 +12,7 @@ from torch import Tensor
 
 from theria.attention import scaled_dot_product_attention
 from theria.attention.call import CausalAlignment
+from theria.attention.registry import AttentionBackend
 
 Layout = Literal["heads_first", "heads_last"]
 """(batch, heads, length, dim) as in PyTorch, or (batch, length, heads, dim) as in flash-attention."""
@@ -71,6 +72,34 @@ class Convention:
             return out.transpose(1, 2) if out.ndim == 4 else out
 
         return attend
+
+
+def as_backend(attention: Attention) -> AttentionBackend:
+    """A callable under the convention of the probes as a backend of `theria.attention`.
+
+    The backend raises NotImplementedError for what that convention has no word for: a window, shared heads, a
+    scale other than 1 / sqrt(dim).
+    """
+
+    def backend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        window: int | None,
+        causal_alignment: CausalAlignment,
+        scale: float,
+        enable_gqa: bool,
+    ) -> Tensor:
+        if window is not None or enable_gqa or not math.isclose(scale, query.shape[-1] ** -0.5):
+            raise NotImplementedError(
+                f"a bare attention(query, key, value, is_causal) takes no window, shared heads or scale; got"
+                f" window={window}, enable_gqa={enable_gqa}, scale={scale:g} at dim {query.shape[-1]}"
+            )
+        return attention(query, key, value, is_causal=is_causal)
+
+    return backend
 
 
 def find_convention(

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from theria.curvature.cases import Sample
 from theria.curvature.convention import Attention
 from theria.curvature.verdicts import Status, one_line, status_of
+from theria.maml.refusals import raise_refusals
 
 INPUTS = ("query", "key", "value")
 OUTPUTS = (*INPUTS, "cotangent")
@@ -74,8 +75,8 @@ class Outcome:
     """What an implementation answered in one case.
 
     Attributes:
-        values: every quantity in float64. The output of a call that broke the rules (wrong shape, inputs
-            changed) is NaN.
+        values: every quantity in float64. The output of a call that broke the rules (wrong shape or dtype,
+            inputs changed) is NaN.
         failure: the first error on the way to the second derivative in reverse mode, beyond which the probe
             does not go.
         unsupported: forward modes that raise -> the error. Raising there is an absence, not a fault.
@@ -120,31 +121,12 @@ def differentiate_again(
     """Gradient of ``scalar + 0 sum(leaves)`` by the leaves, raising whatever ``backward()`` would raise.
 
     The added edges are those of meta-learning: an inner step x - lr g(x) depends on x whatever g does, so a
-    gradient that comes back without a graph is zero curvature there, not an error.
-
-    ``torch.autograd.grad`` does not enter the parts of a graph that lead to none of its inputs. The node with
-    which ``@once_differentiable`` refuses a second derivative leads to none: asked for the gradient by given
-    inputs, autograd goes past it and returns zeros. So every leaf that the graph reaches is asked for here.
+    gradient that comes back without a graph is zero curvature there, not an error. What the graph refuses is
+    one, see `raise_refusals`.
     """
+    raise_refusals((scalar,), leaves)
     total = scalar + torch.stack([0 * leaf.sum() for leaf in leaves]).sum()
-    own = {id(leaf) for leaf in leaves}
-    others = [leaf for leaf in _reached(total) if id(leaf) not in own]
-    gradients = torch.autograd.grad(total, (*leaves, *others), retain_graph=retain_graph, allow_unused=False)
-    return gradients[: len(leaves)]
-
-
-def _reached(tensor: Tensor) -> list[Tensor]:
-    """Every leaf of the graph that ends in a tensor."""
-    found, seen, waiting = [], set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting.extend(next_node for next_node, _ in node.next_functions)
-    return found
+    return torch.autograd.grad(total, tuple(leaves), retain_graph=retain_graph, allow_unused=False)
 
 
 def _copies(sample: Sample, differentiable: Sequence[int] = (0, 1, 2)) -> list[Tensor]:
@@ -162,19 +144,21 @@ def _forward(attention: Attention, sample: Sample, causal: bool, outcome: Outcom
     out = _called(attention, inputs, causal)
     shape = sample.cotangent.shape
     changed = [n for n, x, y in zip(INPUTS, inputs, sample.inputs, strict=True) if not torch.equal(x, y)]
-    if out.shape == shape and not changed:
+    if out.shape == shape and out.dtype is sample.query.dtype and not changed:
         outcome.keep(FORWARD, ("out",), (out,))
         return
     outcome.keep(FORWARD, ("out",), (torch.full_like(sample.cotangent, torch.nan),))
     if changed:
         raise ValueError(f"the call writes into its input {', '.join(changed)}")
-    raise ValueError(f"the output has shape {tuple(out.shape)} instead of {tuple(shape)}")
+    if out.shape != shape:
+        raise ValueError(f"the output has shape {tuple(out.shape)} instead of {tuple(shape)}")
+    raise ValueError(f"the output is of {out.dtype} instead of {sample.query.dtype}")
 
 
 def _first(attention: Attention, sample: Sample, causal: bool, outcome: Outcome) -> None:
     inputs = _copies(sample)
     out = _called(attention, inputs, causal)
-    gradients = torch.autograd.grad(out, inputs, sample.cotangent.to(out.dtype), allow_unused=False)
+    gradients = torch.autograd.grad(out, inputs, sample.cotangent, allow_unused=False)
     outcome.keep(VJP, INPUTS, gradients)
 
 
@@ -183,9 +167,7 @@ def _second(attention: Attention, sample: Sample, causal: bool, outcome: Outcome
         inputs = _copies(sample)
         cotangent = sample.cotangent.detach().requires_grad_(way == HVP)
         out = _called(attention, inputs, causal)
-        gradients = torch.autograd.grad(
-            out, inputs, cotangent.to(out.dtype), create_graph=True, allow_unused=False
-        )
+        gradients = torch.autograd.grad(out, inputs, cotangent, create_graph=True, allow_unused=False)
         outcome.keep(first, INPUTS, gradients)
         variables, names = ((*inputs, cotangent), OUTPUTS) if way == HVP else (tuple(inputs), INPUTS)
         for name, gradient, direction in zip(INPUTS, gradients, sample.directions, strict=True):
@@ -197,8 +179,9 @@ def _alone(attention: Attention, sample: Sample, causal: bool, outcome: Outcome)
     for i, name in enumerate(INPUTS):
         inputs = _copies(sample, differentiable=(i,))
         out = _called(attention, inputs, causal)
-        cotangent = sample.cotangent.to(out.dtype)
-        (gradient,) = torch.autograd.grad(out, inputs[i], cotangent, create_graph=True, allow_unused=False)
+        (gradient,) = torch.autograd.grad(
+            out, inputs[i], sample.cotangent, create_graph=True, allow_unused=False
+        )
         outcome.keep(VJP_ALONE, (name,), (gradient,))
         curved = differentiate_again((gradient * sample.directions[i]).sum(), (inputs[i],))
         outcome.keep(HVP_ALONE, (name,), curved, along=name)
@@ -228,5 +211,5 @@ def _forward_over_reverse(attention: Attention, sample: Sample, causal: bool, ou
     with forward_ad.dual_level():
         inputs = tuple(_duals(sample, (0, 1, 2), differentiable=True))
         out = _called(attention, inputs, causal)
-        gradients = torch.autograd.grad(out, inputs, sample.cotangent.to(out.dtype), allow_unused=False)
+        gradients = torch.autograd.grad(out, inputs, sample.cotangent, allow_unused=False)
         outcome.keep(FORWARD_OVER_REVERSE, INPUTS, [_tangent(g) for g in gradients])

@@ -10,23 +10,22 @@ import torch
 from torch import Tensor
 
 from theria.attention import registered_backend
-from theria.attention.call import CausalAlignment
-from theria.attention.registry import AttentionBackend
-from theria.curvature.convention import Attention, Convention
+from theria.curvature.convention import Attention, Convention, as_backend
 from theria.curvature.derivatives import Failure
 from theria.curvature.probes import (
     SecondOrderPath,
     relative_difference,
     second_order_path,
 )
+from theria.curvature.signal import ATTENTION, reference_twin
 from theria.maml import MetaMode, meta_gradient
 from theria.maml.task_model import Batch
 from theria.models.seq_classifier import SeqClassifier
 from theria.tasks.synthetic_seqcls import SeqClsSpec, sample_tasks
 
-_ATTENTION, _HEAD = ("q_proj", "k_proj", "v_proj"), ("head",)
+_HEAD = ("head",)
 
-PATHS = {"": (*_ATTENTION, *_HEAD), "attn": _ATTENTION, "head": _HEAD}
+PATHS = {"": (*ATTENTION, *_HEAD), "attn": ATTENTION, "head": _HEAD}
 """Suffix of the column -> modules through which the second-order path leads."""
 
 _BACKEND = "the attention under audit"
@@ -136,10 +135,10 @@ def probe_learning(
     form = _form(attention, convention, task, device, dtype)
     if isinstance(form, Failure):
         return DepthProbe(inner_steps, steps, failure=form)
-    backend, expanded = form
+    attend, expanded = form
     adam = torch.optim.Adam(master.parameters(), lr=task.outer_lr)
     probes: list[StepProbe] = []
-    with registered_backend(_BACKEND, backend, replace=True):
+    with registered_backend(_BACKEND, as_backend(attend), replace=True):
         for step in range(steps):
             ids = torch.arange(task.tasks * step, task.tasks * (step + 1), device=device)
             batch = sample_tasks(task.spec, ids, seed=seed, epoch=0, stream="train", dtype=dtype)
@@ -164,9 +163,7 @@ def _step(
         sets = [(x.to(of.head.weight.dtype), y) for x, y in (support, query)]
         return meta_gradient(of, *sets, mode=mode, inner_steps=inner_steps, inner_lr=inner_lr).grads
 
-    reference = _over(model, "reference", torch.float64)
-    # the same function in a third of the time; in float64 the difference is of the order of 1e-15
-    reference.absorb_projections = True
+    reference = reference_twin(model)
     order = 1
     try:
         first = gradient(model, MetaMode.FO)
@@ -195,58 +192,41 @@ def _form(
     task: MetaTask,
     device: torch.device | str,
     dtype: torch.dtype,
-) -> tuple[AttentionBackend, bool] | Failure:
-    """The callable as a backend, with the classifier's one query or, if it refuses that, one a key."""
+) -> tuple[Attention, bool] | Failure:
+    """The callable with the classifier's one query or, if it refuses that, with one a key."""
     one = torch.zeros(task.tasks, task.spec.support_size, 1, task.spec.width, device=device, dtype=dtype)
     many = one.expand(-1, -1, task.spec.length, -1).contiguous()
     sees_all = not convention.always_causal or convention.alignment == "lower_right"
     failure = None
     for expanded in (False, True) if sees_all else (True,):
-        backend = _as_backend(attention, convention.always_causal, expanded)
+        form = _as_called(attention, convention.always_causal, expanded)
         try:
             with torch.no_grad():
-                backend(
-                    one,
-                    many,
-                    many,
-                    is_causal=False,
-                    window=None,
-                    causal_alignment="upper_left",
-                    scale=task.spec.width**-0.5,
-                    enable_gqa=False,
-                )
+                out = form(one, many, many)
+            if out.dtype is not dtype:
+                raise TypeError(f"the output is of {out.dtype} instead of {dtype}")
         except Exception as error:  # the implementation is someone else's and may raise anything
             failure = failure or Failure.of(error, 0)
         else:
-            return backend, expanded
+            return form, expanded
     assert failure is not None
     return failure
 
 
-def _as_backend(attention: Attention, causal: bool, expanded: bool) -> AttentionBackend:
-    """Adapt a callable to the classifier, whose calls have no mask and the default scale.
+def _as_called(attention: Attention, always_causal: bool, expanded: bool) -> Attention:
+    """Adapt a callable to the classifier, whose calls have no mask.
 
     Expanded, the query is repeated to the number of keys and the last row is read, which sees every key
     under a causal mask too.
     """
 
-    def backend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        window: int | None,
-        causal_alignment: CausalAlignment,
-        scale: float,
-        enable_gqa: bool,
-    ) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
         if not expanded:
-            return attention(query, key, value, is_causal=causal)
+            return attention(query, key, value, is_causal=always_causal)
         repeated = query.expand(*key.shape[:-1], query.shape[-1])
-        return attention(repeated, key, value, is_causal=causal)[..., -1:, :]
+        return attention(repeated, key, value, is_causal=always_causal)[..., -1:, :]
 
-    return backend
+    return attend
 
 
 def _classifier(spec: SeqClsSpec, seed: int) -> SeqClassifier:

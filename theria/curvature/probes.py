@@ -53,15 +53,25 @@ class DerivativeProbe:
 
     @property
     def surviving(self) -> dict[str, float]:
-        """Input -> the share of its curvature that is there: mean over directions, least over the ways.
+        """Input -> the share of its curvature that is there, the least over the ways.
 
-        Each direction counts alike, so that an input is not held responsible for what is missing of its
-        product with another one, however large that product is in this case.
+        A Hessian-vector product H u has blocks: of one input, with u along another. An input's share is the
+        mean over the blocks of it, or over those along it, whichever is less: it may be lost as a variable of
+        other gradients, or its own gradient may come without a graph. Each block counts alike, so that an
+        input is not held responsible for what is missing of its product with another one, however large that
+        product is in this case; where that product is all that can be measured of it, it says nothing.
         """
+        blocks: dict[tuple[str, str, str], dict[str, float]] = {}
+        for quantity, kept in self.shares.items():
+            for side, name, other in (
+                ("of", quantity.of, quantity.along),
+                ("along", quantity.along, quantity.of),
+            ):
+                blocks.setdefault((quantity.way, side, name), {})[other] = kept
         found: dict[str, list[float]] = {}
-        for way, name in dict.fromkeys((quantity.way, quantity.of) for quantity in self.shares):
-            shares = [share for q, share in self.shares.items() if (q.way, q.of) == (way, name)]
-            found.setdefault(name, []).append(statistics.fmean(shares))
+        for (_, _, name), shares in blocks.items():
+            if len(shares) > 1 or name in shares:
+                found.setdefault(name, []).append(statistics.fmean(shares.values()))
         return {name: min(found[name]) for name in OUTPUTS if name in found}
 
     def worst(self, kind: str) -> Deviation | None:

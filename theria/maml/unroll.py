@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from theria.maml.modes import MetaMode
+from theria.maml.refusals import raise_refusals
 from theria.maml.task_model import Batch, TaskModel, descend
 
 
@@ -75,11 +76,14 @@ def unrolled_gradient(
     second_order = mode is MetaMode.FULL
     inner_shared = common if second_order else shared
     phi, before = theta, None
-    for _ in range(loop.steps):
+    for step in range(loop.steps):
         if mode is MetaMode.FO_STRICT:
             loss, phi = loop.constant_step(phi, inner_shared)
         else:
             loss, gradients = loop.support_gradient(phi, inner_shared, create_graph=second_order)
+            if second_order and step == 0:
+                # a layer marked @once_differentiable would leave a first-order gradient without a word
+                raise_refusals(gradients, (*theta, *common))
             phi = descend(phi, gradients, loop.lr)
         before = loss if before is None else before
     if mode is MetaMode.FO_STRICT:
@@ -114,6 +118,8 @@ def _segmented(loop: InnerLoop, adapted: list[Tensor], shared: list[Tensor], seg
         end = theta
         for _ in range(min(segment, loop.steps - index * segment)):
             _, gradients = loop.support_gradient(end, common, create_graph=True)
+            if end is theta:
+                raise_refusals(gradients, (*theta, *common))
             end = descend(end, gradients, loop.lr)
         pulled = torch.autograd.grad(end, (*theta, *common, *rate), cotangents)
         cotangents = list(pulled[: len(theta)])

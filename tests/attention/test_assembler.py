@@ -7,8 +7,7 @@ import torch
 import triton
 from triton.knobs import NvidiaTool
 
-from theria.attention import triton_fused
-from theria.attention.kernels import assembler
+from theria.attention.kernels import assembler, support
 from theria.attention.kernels.assembler import newest
 
 HOPPER = torch.device("cuda:0")
@@ -103,7 +102,7 @@ def test_the_users_choice_stands(hopper):
 @pytest.mark.parametrize("chosen", ["", "12.8"])
 def test_an_assembler_that_makes_wrong_code_is_refused(hopper, chosen):
     hopper("12.8", "12.8", chosen=chosen)
-    reason = triton_fused._refusal(torch.bfloat16, HOPPER, 64)
+    reason = support.refusal(torch.bfloat16, HOPPER, 64)
     assert reason is not None
     assert reason.startswith("it supports Hopper GPUs with ptxas 12.9 or later")
     assert "pip install theria[hopper]" in reason

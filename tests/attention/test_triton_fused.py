@@ -20,7 +20,7 @@ from theria.attention import custom, scaled_dot_product_attention, triton_fused
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
-from theria.attention.kernels import tiles
+from theria.attention.kernels import assembler, support, tiles
 from theria.attention.kernels.common import thirds
 from theria.attention.operators import AttentionOperators, Band, Gradients
 from theria.attention.registry import select_backend
@@ -347,7 +347,7 @@ def test_full_meta_gradient(steps):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the device is there")
 def test_the_cpu_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(triton_fused, "_INTERPRETED", False)
+    monkeypatch.setattr(support, "INTERPRETED", False)
     operands = Operands.draw((1, 1, 1, 3, 3, 8, 8), torch.float32)
     with pytest.raises(ValueError, match=r"CUDA devices, and the CPU where TRITON_INTERPRET=1 .*, not cpu"):
         OPERATORS.forward(operands.query, operands.key, operands.value, Band(1.0))
@@ -410,7 +410,8 @@ def test_wide_float32_needs_shared_memory(monkeypatch, dtype, width, refused):
     properties = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 101_376})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=properties))
-    reason = triton_fused._refusal(dtype, torch.device("cuda:0"), width)
+    monkeypatch.setattr(assembler, "_is_hopper", lambda device: False)
+    reason = support.refusal(dtype, torch.device("cuda:0"), width)
     assert (reason is not None) == refused
     assert reason is None or "131072 bytes of shared memory, not 101376" in reason
 

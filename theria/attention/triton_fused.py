@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from theria.attention.call import AttentionCall
-from theria.attention.kernels import assembler
+from theria.attention.kernels import assembler, support
 from theria.attention.kernels.common import Operand, Vector
 from theria.attention.kernels.forward import forward_rows
 from theria.attention.kernels.hvp import hvp_columns, hvp_rows
@@ -27,10 +27,6 @@ from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumEx
 
 PRECISIONS = ("ieee", "fma", "bf16x6", "tf32x3", "tf32")
 
-MAX_WIDTH = 256
-SHARED_MEMORY_OF_WIDE_FLOAT32 = 128 * 1024
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 _KERNELS = {
     "forward_rows": forward_rows,
     "vjp_rows": vjp_rows,
@@ -39,7 +35,6 @@ _KERNELS = {
     "hvp_rows": hvp_rows,
     "hvp_columns": hvp_columns,
 }
-_INTERPRETED = not isinstance(forward_rows, triton.runtime.JITFunction)
 
 launches: Counter[str] = Counter()
 """How often each kernel has been launched in this process; ``launches.clear()`` starts over."""
@@ -52,7 +47,7 @@ _compiled: set[tuple[Any, ...]] = set()
 
 def supports(call: AttentionCall) -> str | None:
     """Why the kernels cannot do a call, or None where they can."""
-    return _refusal(call.dtype, call.device, max(call.query_shape[-1], call.value_shape[-1]))
+    return support.refusal(call.dtype, call.device, max(call.query_shape[-1], call.value_shape[-1]))
 
 
 class TritonOperators:
@@ -82,7 +77,7 @@ class TritonOperators:
     def forward(self, query: Query, key: Key, value: Value, band: Band) -> tuple[Out, LogSumExp]:
         """O = P V and lse."""
         qkv = query, key, value
-        _check(qkv)
+        support.check(qkv)
         out, lse = _empty(query, value.shape[-1], torch.float32), _empty_rows(query)
 
         def following() -> dict[str, tuple[Tensor, ...]]:
@@ -100,7 +95,7 @@ class TritonOperators:
     ) -> Gradients:
         """Gradient of <dO, O>."""
         qkv = query, key, value
-        _check((*qkv, cotangent), saved=(out, lse))
+        support.check((*qkv, cotangent), saved=(out, lse))
         grads = Gradients(*(_empty(t, t.shape[-1]) for t in qkv))
         constants = [_empty_rows(query) for _ in range(2)]
         operands = _vjp_operands(*qkv, out, lse, cotangent, grads, constants)
@@ -118,7 +113,7 @@ class TritonOperators:
         band: Band,
     ) -> Out:
         """Derivative of O along the tangents."""
-        _check((query, key, value, *tangents), saved=(out, lse))
+        support.check((query, key, value, *tangents), saved=(out, lse))
         derivative = _empty(query, value.shape[-1])
         without_cotangent = (None,) * 5
         rows = (query, key, value, out, lse, *tangents, derivative, *without_cotangent)
@@ -138,7 +133,7 @@ class TritonOperators:
     ) -> Curvature:
         """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
         qkv = query, key, value
-        _check((*qkv, cotangent, *cotangents), saved=(out, lse))
+        support.check((*qkv, cotangent, *cotangents), saved=(out, lse))
         curvature = Curvature(*(_empty(t, t.shape[-1]) for t in (*qkv, cotangent)))
         constants = tuple(_empty_rows(query) for _ in range(4))
         given = (*qkv, lse, cotangent, *cotangents, *constants)
@@ -278,20 +273,6 @@ def _compile_together(jobs: Jobs, query: Tensor) -> None:
         list(threads.map(load, warm_up()))
 
 
-def _check(operands: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> None:
-    """Raise ValueError for what the kernels do not compute; ``saved`` are out and lse."""
-    query, _, value, *_ = operands
-    reason = _refusal(query.dtype, query.device, max(query.shape[-1], value.shape[-1]))
-    for tensor, dtype in (*((t, query.dtype) for t in operands), *((t, torch.float32) for t in saved)):
-        if reason is None and (tensor.dtype != dtype or tensor.device != query.device):
-            reason = (
-                f"it supports operands of one dtype and device (with out and lse in float32), not "
-                f"{tensor.dtype} on {tensor.device} beside {query.dtype} on {query.device}"
-            )
-    if reason is not None:
-        raise ValueError(f"the Triton kernels of attention cannot do this call: {reason}")
-
-
 def _empty(like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """An output over the rows of ``like``; a kernel writes every element of it."""
     return torch.empty(*like.shape[:-1], width, dtype=dtype or like.dtype, device=like.device)
@@ -300,32 +281,3 @@ def _empty(like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor
 def _empty_rows(query: Tensor) -> Tensor:
     """One float32 a query."""
     return torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-
-
-def _refusal(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
-    if dtype not in DTYPES:
-        return f"it supports {', '.join(map(str, DTYPES))}, not {dtype}"
-    if width > MAX_WIDTH:
-        return f"it supports widths up to {MAX_WIDTH}, not {width}"
-    if device.type == "cuda":
-        return assembler.reason_against(device) or _lack_of_shared_memory(dtype, device, width)
-    if device.type == "cpu" and _INTERPRETED:
-        return None
-    return (
-        f"it supports CUDA devices, and the CPU where TRITON_INTERPRET=1 is set before theria is imported, "
-        f"not {device}"
-    )
-
-
-def _lack_of_shared_memory(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
-    """The smallest tiles of wide float32 operands, with their tangents, do not fit on every device."""
-    if dtype != torch.float32 or width <= 128 or not torch.cuda.is_available():
-        return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    available = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    if available >= SHARED_MEMORY_OF_WIDE_FLOAT32:
-        return None
-    return (
-        f"it supports float32 widths above 128 on devices with {SHARED_MEMORY_OF_WIDE_FLOAT32} bytes of "
-        f"shared memory, not {available}"
-    )

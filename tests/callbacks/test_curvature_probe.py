@@ -138,12 +138,12 @@ def backends():
     attention_registry._registered.update(before)
 
 
-@pytest.mark.parametrize(("backend", "sound"), [("reference", True), ("custom", True), ("keyless", False)])
+@pytest.mark.parametrize(("backend", "sound"), [("reference", True), ("custom", True), ("queryless", False)])
 def test_its_numbers_are_those_of_the_library(backend, sound, backends):
-    def keyless(query, key, value, *, is_causal=False):
-        return REFERENCE(query, key.detach() + 0 * key, value, is_causal=is_causal)
+    def queryless(query, key, value, *, is_causal=False):
+        return REFERENCE(query.detach() + 0 * query, key, value, is_causal=is_causal)
 
-    backends("keyless", keyless)
+    backends("queryless", queryless)
     watcher = Watcher()
     module, logger = fit(watcher, CurvatureProbe(every_n_steps=3, tasks=2, seed=5), steps=3, backend=backend)
     ((_, row),) = logger.of("curvature/")

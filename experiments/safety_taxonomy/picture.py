@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         plt.cm.ScalarMappable(cmap="cividis"), ax=axes[:, 0], shrink=0.4, ticks=[0, 1], location="right"
     )
     bar.ax.set_yticklabels(["gone\nor wrong", "sound"])
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

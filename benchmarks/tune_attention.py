@@ -23,27 +23,36 @@ import triton
 from torch import Tensor
 
 from benchmarks.measure import cuda_milliseconds
+from theria.attention.custom import CustomOperators
 from theria.attention.kernels.tiles import TUNED, Tiles, generation
-from theria.attention.operators import Band, Gradients
+from theria.attention.operators import AttentionOperators, Band, Gradients
 from theria.attention.triton_fused import PRECISIONS, TritonOperators
 
+SMALL = {"length": 256, "heads": 1, "repeats": 1}
 KERNELS = ("forward_rows", "vjp_rows", "vjp_columns", "jvp_rows", "hvp_rows", "hvp_columns")
 
 
-def candidates(arithmetic: str, width: int) -> list[Tiles]:
-    """Tiles worth trying: 8 to 64 scores a thread, half of that in float32, and operands that may fit."""
+def candidates(kernel: str, arithmetic: str, width: int) -> list[Tiles]:
+    """Tiles worth trying: 8 to 64 scores a thread, half of that in float32, and operands that may fit.
+
+    Exact products are taken in tiles of which a program owns at least 64 rows.
+    """
     half = arithmetic == "half"
+    least = 64 if arithmetic == "ieee" else 16
     sizes, stages, most = ((32, 64, 128), (1, 2, 3), 64) if half else ((16, 32, 64, 128), (1,), 32)
     return [
         Tiles(queries, keys, warps, depth)
         for queries, keys, warps, depth in product(sizes, sizes, (4, 8), stages)
-        if 8 <= queries * keys / (32 * warps) <= most and (queries + keys) * width <= 256 * 128
+        if 8 <= queries * keys / (32 * warps) <= most
+        and (queries + keys) * width <= 256 * 128
+        and (keys if kernel.endswith("_columns") else queries) >= least
     ]
 
 
-def operator_call(kernel: str, arithmetic: str, width: int, length: int, heads: int) -> Callable[[], object]:
+def operator_call(
+    operators: AttentionOperators, kernel: str, arithmetic: str, width: int, length: int, heads: int
+) -> Callable[[], Sequence[Tensor]]:
     """The operator that launches the kernel, on random operands, causal."""
-    precision = "ieee" if arithmetic == "half" else arithmetic
     dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -51,14 +60,14 @@ def operator_call(kernel: str, arithmetic: str, width: int, length: int, heads: 
         return torch.randn(1, heads, length, width, generator=generator, device="cuda").to(dtype)
 
     query, key, value, cotangent, *directions = (draw() for _ in range(7))
-    operators, band = TritonOperators(precision), Band(width**-0.5, causal=True)
+    band = Band(width**-0.5, causal=True)
     if kernel == "forward_rows":
         return partial(operators.forward, query, key, value, band)
-    primals = query, key, value, draw(), torch.zeros(1, heads, length, device="cuda")
+    primals = query, key, value, *CustomOperators().forward(query, key, value, band)
     if kernel.startswith("vjp"):
         return partial(operators.vjp, *primals, cotangent, band)
     if kernel.startswith("jvp"):
-        return partial(operators.jvp, *primals, Gradients(*directions), band)
+        return lambda: (operators.jvp(*primals, Gradients(*directions), band),)
     return partial(operators.hvp, *primals, cotangent, Gradients(*directions), band)
 
 
@@ -72,14 +81,31 @@ def milliseconds(
     heads: int,
     repeats: int,
 ) -> float:
-    """Median time of the operator that launches the kernel; infinite where the tiles do not fit."""
+    """Median time of the operator that launches the kernel; infinite where tiles do not fit or compute wrong.
+
+    What they compute is compared with the formulas at lengths that leave those room.
+    """
     TUNED[generation(torch.device("cuda")), arithmetic, width] = tiles
+    size = arithmetic, width, length, heads
+    operators = TritonOperators("ieee" if arithmetic == "half" else arithmetic)
     try:
-        call = operator_call(kernel, arithmetic, width, length, heads)
-        call()
+        call = operator_call(operators, kernel, *size)
+        found = call()
+        if length <= 512 and not agree(found, operator_call(CustomOperators(), kernel, *size)(), arithmetic):
+            print(f"# wrong numbers: {kernel}, {arithmetic}, {width}, {tiles[kernel]}", flush=True)
+            return float("inf")
         return statistics.median(cuda_milliseconds(call) for _ in range(repeats))
     except triton.runtime.errors.OutOfResources:
         return float("inf")
+
+
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor], arithmetic: str) -> bool:
+    """Whether all outputs are the formulas' but for rounding; a NaN is not."""
+    tolerance = {"half": 3e-2, "tf32": 2e-2}.get(arithmetic, 1e-4)
+    return all(
+        bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def tune(
@@ -87,22 +113,24 @@ def tune(
 ) -> dict[str, dict[Tiles, float]]:
     """By kernel, the milliseconds of each candidate that fits, the fastest first."""
     chosen = dict(TUNED.get((generation(torch.device("cuda")), arithmetic, width), {}))
-    choices = candidates(arithmetic, width)
+    choices = {kernel: candidates(kernel, arithmetic, width) for kernel in kernels}
     with _processes(processes) as pool:
         # small sizes, for the compiler's sake: what it makes lies in Triton's cache on disk afterwards
         jobs = [
-            pool.submit(milliseconds, {**chosen, k: t}, k, arithmetic, width, length=256, heads=1, repeats=1)
-            for k, t in product(kernels, choices)
+            pool.submit(milliseconds, {**chosen, k: t}, k, arithmetic, width, **SMALL)
+            for k in kernels
+            for t in choices[k]
         ]
         concurrent.futures.wait(jobs)
     found: dict[str, dict[Tiles, float]] = {}
     isolated = _Isolated()
     for kernel in kernels:
         size = {"length": length, "heads": heads, "repeats": 5}
-        times = {
-            t: isolated(partial(milliseconds, {**chosen, kernel: t}, kernel, arithmetic, width, **size))
-            for t in choices
-        }
+        times = {}
+        for t in choices[kernel]:
+            trial = partial(milliseconds, {**chosen, kernel: t}, kernel, arithmetic, width)
+            sound = isolated(partial(trial, **SMALL)) < float("inf")
+            times[t] = isolated(partial(trial, **size)) if sound else float("inf")
         fitting = {t: ms for t, ms in times.items() if ms < float("inf")}
         found[kernel] = dict(sorted(fitting.items(), key=lambda item: item[1]))
         chosen[kernel] = next(iter(found[kernel]))

@@ -11,7 +11,7 @@ from theria.attention.kernels.tiles import Tiles
 @pytest.mark.parametrize(("arithmetic", "stages"), [("half", {1, 2, 3}), ("ieee", {1})])
 def test_every_width_and_arithmetic_has_candidates(arithmetic, stages, width):
     found = candidates("hvp_columns", arithmetic, width)
-    assert len(set(found)) == len(found) > 5
+    assert len(set(found)) == len(found) > 2
     assert {tiles.stages for tiles in found} == stages
 
 

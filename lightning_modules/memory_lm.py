@@ -156,6 +156,7 @@ class MemoryLM(LightningModule):
         self._throughput = Throughput()
         self._parts: list[dict[str, Tensor]] = []
         self._gradient_norm: Tensor | None = None
+        self._learning_rate = 0.0
         self._finished_steps = 0
         self._sums: dict[str, EvaluationSums] = {}
 
@@ -220,7 +221,8 @@ class MemoryLM(LightningModule):
         return total
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Note the gradient's norm before it is clipped."""
+        """Note the gradient's norm before it is clipped, and the rate before the scheduler moves it."""
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -234,7 +236,7 @@ class MemoryLM(LightningModule):
             name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]
         }
         row["grad_norm"] = self._gradient_norm
-        row["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row["learning_rate"] = self._learning_rate
         row["step_seconds"] = self._throughput.step()
         row["chunk_size"] = self.hparams["chunk_size"]
         self.step_metrics.append(self._finished_steps, row)

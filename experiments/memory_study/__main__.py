@@ -34,9 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     for variant in args.variants:
         done = _figures(work)
         steps = args.steps or (next(iter(done.values()))["steps"] if done else None)
-        found = train(
-            args.config, variant, overrides=overrides, steps=steps, minutes=args.minutes, work=work
-        )
+        found = train(args.config, variant, overrides=overrides, steps=steps, minutes=args.minutes, work=work)
         (work / f"{variant}.json").write_text(json.dumps(found), encoding="utf-8")
     report = page(list(_figures(work).values()), args.config[0].stem)
     print(report)

@@ -56,7 +56,11 @@ def _text(runs: Sequence[Figures]) -> list[str]:
         cells = [_number(run["figures"].get(f"{key}_bits_per_byte")) for run in runs]
         rows.append([key.replace("/", ", "), *cells, f"{xz:.3f}"])
     header = ["split, domain", *(TITLES[run["variant"]] for run in runs), "xz -9e after the training text"]
-    return ["Bits a byte over all of a held-out split, windows read apart.", "", *markdown_table(header, rows)]
+    return [
+        "Bits a byte over all of a held-out split, windows read apart.",
+        "",
+        *markdown_table(header, rows),
+    ]
 
 
 def _recall(runs: Sequence[Figures]) -> list[str]:

@@ -72,8 +72,9 @@ def matching_hidden(given: dict[str, Any]) -> int:
         whole = _size(Decoder(given["vocab_size"], **_sizes(given)))
         alone = {**_sizes(given), "memory_heads": 0, "mlp_hidden": 8}
         rest = _size(Decoder(given["vocab_size"], **alone))
-    a_unit = 3 * given["width"] * given["blocks"]
-    return max(8, 8 + round((whole - rest) / a_unit))
+    # a multiple of 8, which tensor cores want
+    eight_units = 8 * 3 * given["width"] * given["blocks"]
+    return 8 + 8 * round((whole - rest) / eight_units)
 
 
 def _of_variant(given: dict[str, Any], variant: str) -> list[str]:
@@ -148,7 +149,9 @@ def _history(cli: TheriaCLI) -> list[Figures]:
     history = []
     for row in json.loads(read_metrics(path, "validation").to_json(orient="records")):
         gates = steps.loc[row["step"]]
-        kept = {name: gates[name] for name in ("gate_mean", "polarized_ratio", "polar_weight") if name in gates}
+        kept = {
+            name: gates[name] for name in ("gate_mean", "polarized_ratio", "polar_weight") if name in gates
+        }
         history.append({name: value for name, value in row.items() if "/" in name or name == "step"} | kept)
     return history
 
@@ -169,7 +172,8 @@ def _texts(cli: TheriaCLI) -> Figures:
     data = cli.datamodule
     compressed = {
         f"{split}/{domain}": xz_bits_per_byte(
-            split_text(data, domain, "train"), split_text(data, domain, "validation" if split == "val" else split)
+            split_text(data, domain, "train"),
+            split_text(data, domain, "validation" if split == "val" else split),
         )
         for domain in data.domains
         for split in ("val", "test")

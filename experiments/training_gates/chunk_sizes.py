@@ -13,7 +13,7 @@ from theria.memory import AssociativeMemory, PersistentMemory, QKProjection, res
 
 CANDIDATES = (8, 16, 32, 64)
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
-"""Largest relative difference from float32 tensor operations in chunks of 64; on CUDA in bfloat16."""
+"""Largest relative difference from float64 tensor operations; on CUDA of bfloat16 products."""
 
 BATCH = {"cpu": 1, "cuda": 16}
 HEADS = 2
@@ -41,14 +41,15 @@ class Measurement:
 def measure(device: str, *, length: int, dim: int, rounds: int) -> list[Measurement]:
     """Forward and backward of projection and delta memory at every candidate, in turns."""
     inputs = _inputs(device, length, dim)
-    reference = _read(*inputs, chunk_size=64, kernel="tensor", half=False).detach()
+    exact = (part.detach().double() for part in inputs)
+    reference = _read(*exact, chunk_size=64, kernel="tensor", half=False)
     calls: dict[int, Callable[[], Tensor]] = {
         chunk: partial(_step, *inputs, chunk_size=chunk, half=device == "cuda") for chunk in CANDIDATES
     }
     seconds = seconds_in_turns({str(chunk): call for chunk, call in calls.items()}, rounds=rounds)
     found = []
     for chunk, call in calls.items():
-        read = call().detach().float()
+        read = call().detach().double()
         with _precision(inputs[0], device == "cuda"):
             kernel = resolve_kernel(inputs[0], inputs[1], chunk_size=chunk)
         difference = float((read - reference).norm() / reference.norm())
@@ -78,8 +79,8 @@ def report(devices: Sequence[str], *, length: int, dim: int, rounds: int) -> str
     lines += [
         f"Forward and backward of the Q-K projection and the delta memory over shards of {length} tokens, "
         f"{HEADS} heads of width {dim}; float32 on the CPU, autocast to bfloat16 on CUDA. The difference is "
-        "that of everything read from float32 tensor operations in chunks of 64. The locked set are the "
-        "candidates within the tolerance; the default is the fastest of them.",
+        "that of everything read from tensor operations in float64. The locked set are the candidates within "
+        "the tolerance; the default is the fastest of them.",
         "",
     ]
     for device in devices:
@@ -128,7 +129,7 @@ def _read(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, chunk_size: int, kernel: str = "auto", half: bool
 ) -> Tensor:
     torch.manual_seed(0)
-    persistent = PersistentMemory(HEADS, q.shape[-1]).to(q.device)
+    persistent = PersistentMemory(HEADS, q.shape[-1]).to(q)
     with _precision(q, half):
         projected, _ = QKProjection(persistent, chunk_size=chunk_size, kernel=kernel)(q, k)
         read, _ = AssociativeMemory("delta", chunk_size=chunk_size, kernel=kernel)(projected, k, v, beta=beta)

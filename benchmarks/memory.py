@@ -34,7 +34,7 @@ _ARCHITECTURE = ("width", "blocks", "heads", "window", "memory_heads", "memory_d
 
 
 def per_token_projection(q: Tensor, k: Tensor, m_persistent: Tensor, norm_persistent: Tensor) -> Tensor:
-    """The peer: q' of the same equations with M_t and norm_sum updated token by token, batched over the rest."""
+    """The peer: q' of the same equations, M_t and norm_sum updated token by token, batched over the rest."""
     memory, norm, reads = m_persistent, norm_persistent, []
     for key, query in zip(k.unbind(2), q.unbind(2), strict=True):
         memory = memory + key.unsqueeze(-1) * key.unsqueeze(-2)
@@ -126,7 +126,9 @@ def against_fla(dim: int, length: int, rounds: int, *, batch: int = 16) -> list[
     return [*title, said, "", *markdown_table(header, rows), ""]
 
 
-def training_speed(config: Path, device: str, batch: int, length: int, rounds: int) -> list[str]:
+def training_speed(
+    config: Path, device: str, batch: int, length: int, rounds: int, *, compiled: bool
+) -> list[str]:
     """Tokens a second of a training step of the configured model against a plain transformer of its size."""
     given = yaml.safe_load(config.read_text())["model"]["init_args"]
     sizes = {name: given[name] for name in _ARCHITECTURE}
@@ -145,7 +147,7 @@ def training_speed(config: Path, device: str, batch: int, length: int, rounds: i
         "plain": training_step(peer, lambda: peer(tokens), tokens),
         "memory": training_step(model, lambda: model(tokens, segment_ids=shards).logits, tokens),
     }
-    if device == "cuda":
+    if compiled:
         plain, memory = torch.compile(peer), torch.compile(model)
         steps["plain, compiled"] = training_step(peer, lambda: plain(tokens), tokens)
         steps["memory, compiled"] = training_step(
@@ -207,8 +209,8 @@ def _speed_table(
         "peak MiB",
     ]
     said = (
-        f"{tokens.shape[0]} sequences of {length} tokens, forward, backward and AdamW; on CUDA under autocast "
-        "to bfloat16. The peer has the same width and depth, full attention by "
+        f"{tokens.shape[0]} sequences of {length} tokens, forward, backward and AdamW; on CUDA under "
+        "autocast to bfloat16. The peer has the same width and depth, full attention by "
         "torch.nn.functional.scaled_dot_product_attention, and MLPs as wide as equal size wants."
     )
     return ["## Training", "", said, "", *markdown_table(header, rows), ""]
@@ -265,6 +267,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens, against the loop and fla")
     parser.add_argument("--longest", type=int, default=131072, help="of the growth with length")
     parser.add_argument("--batch", type=int, help="sequences of a training step; as configured")
+    parser.add_argument("--compiled", action="store_true", help="train both models under torch.compile too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
@@ -280,7 +283,9 @@ def main() -> None:
     if args.device == "cuda":
         lines += against_fla(args.dims[-1], args.length, args.rounds)
     batch = args.batch or data["batch_size"]
-    lines += training_speed(config, args.device, batch, data["sequence_length"], args.rounds)
+    lines += training_speed(
+        config, args.device, batch, data["sequence_length"], args.rounds, compiled=args.compiled
+    )
     report = "\n".join(lines)
     print(report)
     if args.out:

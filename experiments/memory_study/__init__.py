@@ -1,1 +1,1 @@
-"""What the memory language model learns: text beside xz, recall beside its controls, over one training run."""
+"""What the memory language model learns: text beside xz, recall beside its controls, over a run."""

@@ -11,8 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
+from experiments.memory_study.compress import xz_figures
 from experiments.memory_study.report import page
 from experiments.memory_study.train import VARIANTS, train
+
+XZ = "xz.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,9 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     for variant in args.variants:
         done = _figures(work)
         steps = args.steps or (next(iter(done.values()))["steps"] if done else None)
-        found = train(args.config, variant, overrides=overrides, steps=steps, minutes=args.minutes, work=work)
+        found, data = train(
+            args.config, variant, overrides=overrides, steps=steps, minutes=args.minutes, work=work
+        )
         (work / f"{variant}.json").write_text(json.dumps(found), encoding="utf-8")
-    report = page(list(_figures(work).values()), args.config[0].stem)
+        if not (work / XZ).exists():
+            (work / XZ).write_text(json.dumps(xz_figures(data)), encoding="utf-8")
+    report = page(list(_figures(work).values()), json.loads((work / XZ).read_text()), args.config[0].stem)
     print(report)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

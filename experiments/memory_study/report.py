@@ -14,11 +14,11 @@ TITLES = {
 Figures = Mapping[str, Any]
 
 
-def page(runs: Sequence[Figures], config: str) -> str:
+def page(runs: Sequence[Figures], xz: Mapping[str, float], config: str) -> str:
     """Markdown of the figures of some variants, the first of which names the data."""
     first = runs[0]
     lines = [f"# {config}: text and recall", "", provenance("experiments.memory_study")]
-    lines += [*_what(runs), "", "## Text", "", *_text(runs), "", "## Recall", "", *_recall(runs), ""]
+    lines += [*_what(runs), "", "## Text", "", *_text(runs, xz), "", "## Recall", "", *_recall(runs), ""]
     for run in runs:
         lines += [f"## {TITLES[run['variant']]}: over training", "", *_history(run), ""]
     lines += ["## Corpus", "", "```", first["corpus"], "```", ""]
@@ -44,20 +44,20 @@ def _what(runs: Sequence[Figures]) -> list[str]:
         mixture = (
             f"{100 * recall['share']:.0f}% of the training sequences are recall ({recall['min_pairs']} to "
             f"{recall['max_pairs']} pairs, {recall['queries']} queries, {recall['num_keys']} keys, "
-            f"{recall['num_values']} values, filler: {recall['filler']}), all others text. Minutes are those of "
-            "`theria fit`, reading the corpus and validations included."
+            f"{recall['num_values']} values, filler: {recall['filler']}), all others text. Minutes "
+            "are those of `theria fit`, reading the corpus and validations included."
         )
     return [*markdown_table(header, rows), "", mixture]
 
 
-def _text(runs: Sequence[Figures]) -> list[str]:
+def _text(runs: Sequence[Figures], compressed: Mapping[str, float]) -> list[str]:
     rows = []
-    for key, xz in runs[0]["xz"].items():
-        cells = [_number(run["figures"].get(f"{key}_bits_per_byte")) for run in runs]
-        rows.append([key.replace("/", ", "), *cells, f"{xz:.3f}"])
-    header = ["split, domain", *(TITLES[run["variant"]] for run in runs), "xz -9e after the training text"]
+    for domain, xz in compressed.items():
+        cells = [_number(run["figures"].get(f"test/{domain}_bits_per_byte")) for run in runs]
+        rows.append([domain, *cells, f"{xz:.3f}"])
+    header = ["domain", *(TITLES[run["variant"]] for run in runs), "xz -9e after the training text"]
     return [
-        "Bits a byte over all of a held-out split, windows read apart.",
+        "Bits a byte over all of the test split, its windows read apart.",
         "",
         *markdown_table(header, rows),
     ]

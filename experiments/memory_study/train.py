@@ -1,5 +1,6 @@
 """Fitting a variant of a configuration within a time budget, and all figures of the result."""
 
+import itertools
 import json
 import tempfile
 import time
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from callbacks import read_metrics
-from experiments.memory_study.compress import split_text, xz_bits_per_byte
+from datamodules import CalibrationText
 from lightning_modules import MemoryLM
 from lightning_modules.cli import TheriaCLI
 from theria.models.memory_lm import MemoryLM as Decoder
@@ -33,8 +34,8 @@ def train(
     steps: int | None,
     minutes: float | None,
     work: Path,
-) -> Figures:
-    """Train a variant and return its figures, in plain values.
+) -> tuple[Figures, CalibrationText]:
+    """Train a variant and return its figures, in plain values, and the data it was trained on.
 
     Args:
         configs: of `theria fit`, the later ones overlays.
@@ -54,7 +55,7 @@ def train(
     started = time.perf_counter()
     cli = TheriaCLI(args=[*arguments, "--save_dir", str(work), "--name", variant])
     fitted = time.perf_counter() - started
-    return {
+    figures = {
         "variant": variant,
         "steps": cli.trainer.global_step,
         "seconds": fitted,
@@ -64,6 +65,7 @@ def train(
         **_evaluate(cli),
         **_texts(cli),
     }
+    return figures, cli.datamodule
 
 
 def matching_hidden(given: dict[str, Any]) -> int:
@@ -89,7 +91,7 @@ def _model_settings(configs: Sequence[Path], overrides: list[str]) -> dict[str, 
     for config in configs:
         settings |= yaml.safe_load(config.read_text()).get("model", {}).get("init_args", {})
     prefix = "--model.init_args."
-    for name, value in zip(overrides, overrides[1:], strict=False):
+    for name, value in itertools.pairwise(overrides):
         if name.startswith(prefix):
             settings[name.removeprefix(prefix)] = yaml.safe_load(value)
     return settings
@@ -124,6 +126,7 @@ def _seconds_a_step(arguments: list[str]) -> float:
             "trainer.max_steps": _WARM_UP_STEPS + _TIMED_STEPS,
             "trainer.limit_val_batches": 0,
             "trainer.log_every_n_steps": _TIMED_STEPS,
+            "model.init_args.sample_tokens": 0,
         }
         cli = TheriaCLI(args=[*arguments, *(f"--{name}={value}" for name, value in short.items())])
         return _last_logged(cli, "perf/step_seconds")
@@ -157,33 +160,21 @@ def _history(cli: TheriaCLI) -> list[Figures]:
 
 
 def _evaluate(cli: TheriaCLI) -> Figures:
-    """All of the validation and the test split, and what the memories have learned of the projection."""
-    cli.datamodule.val_sequences = None
-    (validation, *_) = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    """All of the test split, and what the memories have learned of the projection."""
     (test, *_) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     model = cli.model
     assert isinstance(model, MemoryLM)
     shares = [block.memory.share.tolist() for block in model.model.blocks if block.memory is not None]
-    return {"figures": {**validation, **test}, "shares": shares, "reach": model.reach}
+    return {"figures": test, "shares": shares, "reach": model.reach}
 
 
 def _texts(cli: TheriaCLI) -> Figures:
-    """What was read, how much of training was text, and xz on the same splits."""
+    """What was read, and how much of training was text."""
     data = cli.datamodule
-    compressed = {
-        f"{split}/{domain}": xz_bits_per_byte(
-            split_text(data, domain, "train"),
-            split_text(data, domain, "validation" if split == "val" else split),
-        )
-        for domain in data.domains
-        for split in ("val", "test")
-    }
     return {
-        "xz": compressed,
         "corpus": data.summary(),
         "recall": None if data.recall is None else dict(data.hparams["recall"]),
         "tokens_per_step": data.batch_size * data.sequence_length,
-        "sequence_length": data.sequence_length,
     }
 
 

@@ -42,7 +42,7 @@ def measure(device: str, *, length: int, dim: int, rounds: int) -> list[Measurem
     """Forward and backward of projection and delta memory at every candidate, in turns."""
     inputs = _inputs(device, length, dim)
     exact = (part.detach().double() for part in inputs)
-    reference = _read(*exact, chunk_size=64, kernel="tensor", half=False)
+    reference = _read(*exact, chunk_size=64, kernel="tensor", half=False).detach()
     calls: dict[int, Callable[[], Tensor]] = {
         chunk: partial(_step, *inputs, chunk_size=chunk, half=device == "cuda") for chunk in CANDIDATES
     }

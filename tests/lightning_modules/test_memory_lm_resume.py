@@ -1,4 +1,4 @@
-"""A memory language model killed and resumed equals the uninterrupted run exactly, sequences and schedules too."""
+"""A memory language model that is killed and resumed equals the uninterrupted run exactly."""
 
 import csv
 import json

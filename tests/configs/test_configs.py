@@ -14,7 +14,7 @@ import yaml
 
 import callbacks
 from datamodules import CalibrationText, SyntheticSeqCls
-from datamodules.calibration_text import Recall
+from datamodules.recall_sequences import Recall
 from lightning_modules import MemoryLM, MetaSeqClassifier
 from lightning_modules.cli import main
 from lightning_modules.memory_lm import Polarization

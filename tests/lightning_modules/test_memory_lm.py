@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 from datamodules import CalibrationText
-from datamodules.calibration_text import Recall
 from datamodules.documents import Domain
+from datamodules.recall_sequences import Recall
 from lightning_modules import MemoryLM, WarmupCosine
 from lightning_modules.loggers import RunTensorBoardLogger
 from lightning_modules.memory_lm import Polarization

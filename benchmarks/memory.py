@@ -30,6 +30,7 @@ from theria.models.memory_lm import MemoryLM
 
 HEADS = 2
 CHUNK = 64
+GROWTH_DIM = 64
 _ARCHITECTURE = ("width", "blocks", "heads", "window", "memory_heads", "memory_dim", "rule", "slots", "taps")
 
 
@@ -262,7 +263,7 @@ def main() -> None:
         "--config", type=Path, help="of the trained model; memory_lm.yaml, on CUDA that of 60M"
     )
     parser.add_argument(
-        "--dims", type=int, nargs="+", default=[64, 256], help="head widths, against the loop"
+        "--dims", type=int, nargs="+", default=[32, 64, 256], help="head widths, against the loop"
     )
     parser.add_argument("--length", type=int, default=2048, help="tokens, against the loop and fla")
     parser.add_argument("--longest", type=int, default=131072, help="of the growth with length")
@@ -279,7 +280,7 @@ def main() -> None:
     lengths = [length for length in (2**e for e in range(11, 31)) if length <= args.longest]
     lines = ["# The memory: speed and memory", "", provenance("benchmarks.memory")]
     lines += against_the_loop(args.device, args.dims, args.length, args.rounds)
-    lines += growth(args.device, lengths, args.dims[0], args.rounds)
+    lines += growth(args.device, lengths, GROWTH_DIM, args.rounds)
     if args.device == "cuda":
         lines += against_fla(args.dims[-1], args.length, args.rounds)
     batch = args.batch or data["batch_size"]

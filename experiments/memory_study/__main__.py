@@ -10,6 +10,7 @@ many steps as the first.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from experiments.memory_study.compress import xz_figures
 from experiments.memory_study.report import page
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.write_text(report, encoding="utf-8")
 
 
-def _figures(work: Path) -> dict[str, dict[str, object]]:
+def _figures(work: Path) -> dict[str, dict[str, Any]]:
     """The figures of all variants that were trained, in the variants' order."""
     paths = {variant: work / f"{variant}.json" for variant in VARIANTS}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}

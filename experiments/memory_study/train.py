@@ -15,6 +15,7 @@ from callbacks import read_metrics
 from datamodules import CalibrationText
 from lightning_modules import MemoryLM
 from lightning_modules.cli import TheriaCLI
+from theria.memory import MemoryBranch
 from theria.models.memory_lm import MemoryLM as Decoder
 
 VARIANTS = ("memory", "attention", "no_polarization")
@@ -164,7 +165,7 @@ def _evaluate(cli: TheriaCLI) -> Figures:
     (test, *_) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     model = cli.model
     assert isinstance(model, MemoryLM)
-    shares = [block.memory.share.tolist() for block in model.model.blocks if block.memory is not None]
+    shares = [part.share.tolist() for part in model.modules() if isinstance(part, MemoryBranch)]
     return {"figures": test, "shares": shares, "reach": model.reach}
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -15,62 +15,17 @@ from datamodules.corpus import cut_documents
 from datamodules.documents import Domain, read_documents
 from datamodules.loader import BatchLoader
 from datamodules.packing import TokenStream
+from datamodules.recall_sequences import CONTROLS, Control, Recall, RecallSequences, RecallSource
 from datamodules.resumable import ResumableDataModule
-from datamodules.text_datasets import (
-    CONTROLS,
-    Control,
-    RecallSequences,
-    RecallSource,
-    TextWindows,
-    TrainingMixture,
-    as_fraction,
-    domain_shares,
-)
+from datamodules.shares import as_fraction, domain_shares
+from datamodules.text_datasets import TextWindows, TrainingMixture
 from datamodules.token_cache import CorpusCache, TokenizedCorpus
+from datamodules.vocabulary import Vocabulary
 from theria.tasks.recall import RecallSpec
 from theria.tasks.synthetic_seqcls import Stream
 
 RECALL = "recall"
-_VOCABULARY_MULTIPLE = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Recall:
-    """Associative-recall sequences among the text.
-
-    Attributes:
-        share: of the training sequences, in [0, 1].
-        filler: what stands between pairs and queries, "text" or "noise".
-        min_pairs: pairs of a key and a value in a sequence, at least,
-        max_pairs: and at most.
-        queries: keys asked for in a sequence.
-        query_span: last tokens of a sequence, among which the queries stand.
-        min_distance: tokens between a stored value and any query, at least. Attention alone reaches back
-            blocks x (window - 1).
-        num_keys: tokens that are keys.
-        num_values: tokens that are values; guessing is right once in so many.
-        num_val_sequences: of validation and of each test loader.
-    """
-
-    share: float = 0.25
-    filler: Literal["text", "noise"] = "text"
-    min_pairs: int = 8
-    max_pairs: int = 64
-    queries: int = 8
-    query_span: int = 64
-    min_distance: int = 0
-    num_keys: int = 128
-    num_values: int = 64
-    num_val_sequences: int = 128
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"the share of recall must be in [0, 1], got {self.share}")
-        if self.filler not in ("text", "noise"):
-            raise ValueError(f"the filler of recall must be text or noise, got {self.filler!r}")
-        if self.num_val_sequences < 1:
-            raise ValueError(f"num_val_sequences must be at least 1, got {self.num_val_sequences}")
 
 
 DEFAULT_RECALL = Recall()
@@ -220,19 +175,16 @@ class CalibrationText(ResumableDataModule):
 
     def summary(self) -> str:
         """A line a split: documents, bytes, tokens, bytes per token and hash."""
-        lines = [f"corpus {self.record['corpus_sha256'][:16]} of Python {self.record['python_version']}"]
-        for domain, splits in self.record["domains"].items():
-            for split, counts in splits.items():
-                lines.append(
-                    f"{domain} {split}: {counts['documents']} documents, {counts['bytes']} bytes, "
-                    f"{counts['tokens']} tokens, {counts['bytes_per_token']:.3f} bytes per token, "
-                    f"sha256 {counts['sha256'][:16]}"
-                )
-        return "\n".join(lines)
+        return f"corpus of Python {platform.python_version()}: {self.corpus.summary()}"
 
     def bytes_per_token(self, domain: str, split: str = "validation") -> float:
         """Bytes of text a label stands for: bits per byte = loss in nats / ln 2 / this."""
         return float(self.record["domains"][domain][split]["bytes_per_token"])
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Numbers and names of all tokens."""
+        return Vocabulary(self.corpus.tokenizer, self.recall_spec)
 
     @property
     def end_token(self) -> int:
@@ -242,28 +194,14 @@ class CalibrationText(ResumableDataModule):
     @property
     def vocab_size(self) -> int:
         """Tokens that a model must know."""
-        spec = self.recall_spec
-        return self.end_token + 1 if spec is None else spec.vocab
+        return self.vocabulary.size
 
     @property
     def recall_spec(self) -> RecallSpec | None:
-        """Shape of the recall sequences; keys stand behind the text's tokens, values behind them."""
+        """Shape of the recall sequences."""
         if self.recall is None:
             return None
-        first_key = self.end_token + 1
-        return RecallSpec(
-            length=self.sequence_length,
-            min_pairs=self.recall.min_pairs,
-            max_pairs=self.recall.max_pairs,
-            queries=self.recall.queries,
-            query_span=self.recall.query_span,
-            min_distance=self.recall.min_distance,
-            first_key=first_key,
-            num_keys=self.recall.num_keys,
-            first_value=first_key + self.recall.num_keys,
-            num_values=self.recall.num_values,
-            num_noise=self.end_token,
-        )
+        return self.recall.spec(length=self.sequence_length, end_token=self.end_token)
 
     def check_vocabulary(self, model_vocab: int) -> None:
         """Refuse a model that lacks tokens, or has more of them than rounding up explains.
@@ -271,25 +209,11 @@ class CalibrationText(ResumableDataModule):
         Raises:
             ValueError: model_vocab is not from vocab_size to its next multiple of 128.
         """
-        most = -(-self.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-        if not self.vocab_size <= model_vocab <= most:
-            raise ValueError(
-                f"the model's vocab_size is {model_vocab}, but tokenizer {self._tokenizer_name!r} makes "
-                f"{self.vocab_size} tokens ({self.end_token} of text, one between documents, "
-                f"{self.vocab_size - self.end_token - 1} of recall): set vocab_size to {self.vocab_size}, "
-                f"or at most {most}"
-            )
+        self.vocabulary.check(model_vocab, self._tokenizer_name)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, those beyond the text as <end>, <key 3> and <value 5>."""
-        parts, text = [], []
-        for token in tokens:
-            if token < self.end_token:
-                text.append(token)
-                continue
-            parts += [self.corpus.tokenizer.decode(text), self._name_of(token)]
-            text = []
-        return "".join([*parts, self.corpus.tokenizer.decode(text)])
+        return self.vocabulary.decode(tokens)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -390,15 +314,6 @@ class CalibrationText(ResumableDataModule):
                 RecallSequences(recall, source, count=count, control=control) for control in controls
             ]
         return [self.evaluation_loader(dataset, len(dataset)) for dataset in datasets]
-
-    def _name_of(self, token: int) -> str:
-        spec = self.recall_spec
-        if token == self.end_token or spec is None:
-            return "<end>" if token == self.end_token else f"<{token}>"
-        if spec.first_key <= token < spec.first_value:
-            return f"<key {token - spec.first_key}>"
-        in_values = spec.first_value <= token < spec.vocab
-        return f"<value {token - spec.first_value}>" if in_values else f"<{token}>"
 
 
 def _default_cache() -> Path:

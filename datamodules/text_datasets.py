@@ -7,85 +7,18 @@ domain is window j of its passes over the text: a pass shuffles the windows anew
 less what is left over at the end.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loader import BatchIndex
 from datamodules.packing import IGNORED, TextBatch, TokenStream, cut_windows
-from theria.tasks.philox import WORD_BITS, WORD_MASK, philox_4x32
-from theria.tasks.recall import RecallSpec, sample_recall
-from theria.tasks.synthetic_seqcls import STREAMS, Stream
-
-Control = Literal["none", "never_stored", "previous_shard"]
-
-CONTROLS: tuple[Control, ...] = ("never_stored", "previous_shard")
-"""Recall that no model can answer: keys without a pair, and pairs behind a shard boundary."""
-
-_PURPOSE_SHIFT = 8
-_WORDS_PER_BLOCK = 4
-_LARGEST_DENOMINATOR = 10**6
-
-
-class _Purpose(IntEnum):
-    """What a random word is for; numbers that no other stream of words uses."""
-
-    WINDOW_ORDER = 128
-    WINDOW_PHASE = 129
-    BATCH_ORDER = 130
-    FILLER = 131
-
-
-@dataclasses.dataclass(frozen=True)
-class RecallSource:
-    """Associative-recall sequences of a data module.
-
-    Attributes:
-        spec: their shape.
-        filler: streams of the domains to stand between pairs and queries; none for noise.
-        shares: of the domains, as many as streams.
-        stream: "train", "validation" or "test".
-        seed: of all random numbers.
-    """
-
-    spec: RecallSpec
-    filler: Sequence[TokenStream]
-    shares: Sequence[Fraction]
-    stream: Stream
-    seed: int
-
-    def sample(
-        self, epoch: int, sample_ids: Int64[Tensor, " batch"], *, control: Control = "none"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, labels and segment_ids of the given sequences; they depend on (seed, epoch, id) alone."""
-        batch = sample_recall(
-            self.spec,
-            sample_ids,
-            seed=self.seed,
-            epoch=epoch,
-            stream=self.stream,
-            filler=self._text(epoch, sample_ids) if self.filler else None,
-            control=control,
-        )
-        return batch.tokens, batch.labels, batch.segment_ids
-
-    def _text(self, epoch: int, sample_ids: Tensor) -> Tensor:
-        """A window of text anywhere in a domain for each sequence."""
-        words = _words(self.seed, _Purpose.FILLER, self.stream, sample_ids[:, None], epoch, 1)
-        domains = [_pick(self.shares, word) for word in words[:, 0].tolist()]
-        text = torch.empty(len(domains), self.spec.length, dtype=torch.int64)
-        for domain, stream in enumerate(self.filler):
-            rows = [row for row, picked in enumerate(domains) if picked == domain]
-            places = [_scaled(high, low, len(stream)) for high, low in words[rows, 1:3].tolist()]
-            text[rows] = cut_windows(stream, _as_ids(places), self.spec.length, pad=False).tokens
-        return text
+from datamodules.random_words import WORDS_PER_BLOCK, Purpose, random_words, scaled
+from datamodules.recall_sequences import RecallSource
+from datamodules.shares import allocate
 
 
 class TrainingMixture(Dataset[TextBatch]):
@@ -143,7 +76,7 @@ class TrainingMixture(Dataset[TextBatch]):
         for domain, stream in enumerate(self.streams):
             rows = (source == domain).nonzero()[:, 0]
             places = [self._place(domain, kinds[row][1]) for row in rows.tolist()]
-            windows = cut_windows(stream, _as_ids(places), self.length, pad=False)
+            windows = cut_windows(stream, torch.tensor(places, dtype=torch.int64), self.length, pad=False)
             for name, part in windows._asdict().items():
                 getattr(batch, name)[rows] = part
         rows = (source == len(self.streams)).nonzero()[:, 0]
@@ -157,9 +90,9 @@ class TrainingMixture(Dataset[TextBatch]):
         """Place of each sample in the order in which kinds are shared out: its own, shuffled in its batch."""
         numbers = []
         batches = sorted({i // self.batch_size for i in index.ids})
-        blocks = -(-self.batch_size // _WORDS_PER_BLOCK)
-        words = _words(
-            self.seed, _Purpose.BATCH_ORDER, "train", torch.tensor(batches)[:, None], index.epoch, blocks
+        blocks = -(-self.batch_size // WORDS_PER_BLOCK)
+        words = random_words(
+            self.seed, Purpose.BATCH_ORDER, "train", torch.tensor(batches)[:, None], index.epoch, blocks
         )
         orders = words[:, : self.batch_size].argsort(dim=1, stable=True).tolist()
         order_of = dict(zip(batches, orders, strict=True))
@@ -177,11 +110,11 @@ class TrainingMixture(Dataset[TextBatch]):
         held, order, phase = self._orders.get(domain, (-1, torch.empty(0), 0))
         if held != turn:
             ids = torch.tensor([[domain]])
-            blocks = -(-windows // _WORDS_PER_BLOCK)
-            words = _words(self.seed, _Purpose.WINDOW_ORDER, "train", ids, turn, blocks)
+            blocks = -(-windows // WORDS_PER_BLOCK)
+            words = random_words(self.seed, Purpose.WINDOW_ORDER, "train", ids, turn, blocks)
             order = words[0, :windows].argsort(stable=True)
-            word = _words(self.seed, _Purpose.WINDOW_PHASE, "train", ids, turn, 1)[0].tolist()
-            phase = _scaled(word[0], word[1], size)
+            word = random_words(self.seed, Purpose.WINDOW_PHASE, "train", ids, turn, 1)[0].tolist()
+            phase = scaled(word[0], word[1], size)
             self._orders[domain] = (turn, order, phase)
         return (phase + int(order[within]) * self.length) % size
 
@@ -220,97 +153,3 @@ class TextWindows(Dataset[TextBatch]):
             source=torch.full_like(sample_ids, self.source),
             sample_ids=sample_ids,
         )
-
-
-class RecallSequences(Dataset[TextBatch]):
-    """Recall sequences 0, 1, ... of a stream.
-
-    Args:
-        recall: where they come from.
-        source: number of recall among the sources.
-        count: how many.
-        control: what to ask for, "none" for keys that were stored.
-    """
-
-    def __init__(self, recall: RecallSource, source: int, *, count: int, control: Control = "none") -> None:
-        self.recall = recall
-        self.source = source
-        self.count = count
-        self.control = control
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: BatchIndex) -> TextBatch:
-        sample_ids = torch.tensor(list(index.ids))
-        tokens, labels, segment_ids = self.recall.sample(index.epoch, sample_ids, control=self.control)
-        return TextBatch(
-            tokens=tokens,
-            labels=labels,
-            segment_ids=segment_ids.contiguous(),
-            recall_mask=labels != IGNORED,
-            num_bytes=torch.zeros_like(sample_ids),
-            source=torch.full_like(sample_ids, self.source),
-            sample_ids=sample_ids,
-        )
-
-
-def domain_shares(weights: Mapping[str, float]) -> list[Fraction]:
-    """Weights as exact parts of 1."""
-    exact = [as_fraction(weight / sum(weights.values())) for weight in weights.values()]
-    return [weight / sum(exact) for weight in exact]
-
-
-def as_fraction(value: float) -> Fraction:
-    """The number as it was written, so that sums over many samples do not round."""
-    return Fraction(value).limit_denominator(_LARGEST_DENOMINATOR)
-
-
-def allocate(number: int, shares: Sequence[Fraction]) -> tuple[int, int]:
-    """The kind of sample `number` >= 0, and how many of that kind are before it.
-
-    One kind after the other takes floor(m s) of the first m samples that the kinds before it leave, where s
-    is its part of what they leave. So counts have a closed form, and of the first N samples kind k has
-    N share_k, up to less than the number of kinds.
-    """
-    left = Fraction(1)
-    for kind, share in enumerate(shares[:-1]):
-        part = share / left
-        before = number * part.numerator // part.denominator
-        if (number + 1) * part.numerator // part.denominator > before:
-            return kind, before
-        number -= before
-        left -= share
-    return len(shares) - 1, number
-
-
-def _scaled(high: int, low: int, bound: int) -> int:
-    """A number in [0, bound) from two random words."""
-    return ((high << WORD_BITS | low) * bound) >> (2 * WORD_BITS)
-
-
-def _as_ids(numbers: Sequence[int]) -> Int64[Tensor, " numbers"]:
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
-def _pick(shares: Sequence[Fraction], word: int) -> int:
-    """A kind at random by its share, from a word of 32 bits."""
-    below = Fraction(0)
-    for kind, share in enumerate(shares):
-        below += share
-        if word < below * 2**WORD_BITS:
-            return kind
-    raise ValueError(f"the shares {shares} do not add up to 1")
-
-
-def _words(
-    seed: int, purpose: _Purpose, stream: Stream, ids: Int64[Tensor, "ids 1"], epoch: int, blocks: int
-) -> Int64[Tensor, "ids words"]:
-    """Random words of each id: the counter is (block, id, epoch, purpose and stream), the key is the seed."""
-    counter = (
-        torch.arange(blocks),
-        ids & WORD_MASK,
-        torch.tensor(epoch & WORD_MASK),
-        torch.tensor(purpose << _PURPOSE_SHIFT | STREAMS[stream]),
-    )
-    return torch.stack(philox_4x32(counter, key=seed), dim=-1).flatten(1)

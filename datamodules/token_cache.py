@@ -40,6 +40,18 @@ class TokenizedCorpus:
     record: dict[str, Any]
     tokenizer: Tokenizer
 
+    def summary(self) -> str:
+        """The hash, and a line a split: documents, bytes, tokens, bytes per token and hash."""
+        lines = [self.record["corpus_sha256"][:16]]
+        for domain, splits in self.record["domains"].items():
+            for split, counts in splits.items():
+                lines.append(
+                    f"{domain} {split}: {counts['documents']} documents, {counts['bytes']} bytes, "
+                    f"{counts['tokens']} tokens, {counts['bytes_per_token']:.3f} bytes per token, "
+                    f"sha256 {counts['sha256'][:16]}"
+                )
+        return "\n".join(lines)
+
 
 class CorpusCache:
     """The corpus of some documents under a folder of cached files.

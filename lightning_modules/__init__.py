@@ -1,5 +1,7 @@
 """Thin Lightning shells around the algorithms of ``theria``, and the command line ``theria``."""
 
+from lightning_modules.memory_lm import MemoryLM
 from lightning_modules.meta_seq_classifier import MetaSeqClassifier
+from lightning_modules.optimisation import WarmupCosine
 
-__all__ = ["MetaSeqClassifier"]
+__all__ = ["MemoryLM", "MetaSeqClassifier", "WarmupCosine"]

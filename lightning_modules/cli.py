@@ -277,11 +277,13 @@ def _check_shapes(model: LightningModule, restart: Restart) -> None:
 
 
 def _silence_third_parties() -> None:
-    # An advertisement, and a deprecation inside Lightning that its user can do nothing about.
+    # An advertisement, a deprecation inside Lightning that its user can do nothing about, and a remark on how
+    # the model summary counts the bytes of a precision that it does not know.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
 
 
 @rank_zero_only

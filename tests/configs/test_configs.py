@@ -1,5 +1,6 @@
 """Every configuration parses, runs, and explains its keys."""
 
+import dataclasses
 import inspect
 import os
 import re
@@ -12,9 +13,12 @@ import torch
 import yaml
 
 import callbacks
-from datamodules import SyntheticSeqCls
-from lightning_modules import MetaSeqClassifier
+from datamodules import CalibrationText, SyntheticSeqCls
+from datamodules.recall_sequences import Recall
+from lightning_modules import MemoryLM, MetaSeqClassifier
 from lightning_modules.cli import main
+from lightning_modules.memory_lm import Polarization
+from theria.models.memory_lm import MemoryLM as Decoder
 
 pytestmark = [
     # Lightning's own use of torch.utils._pytree, from torch 2.13 on
@@ -30,6 +34,23 @@ REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 MAIN = CONFIGS / "meta_seqcls.yaml"
 JOBS = sorted(CONFIGS.glob("*.yaml"))
+MEMORY = CONFIGS / "memory_lm.yaml"
+MEMORY_60M = CONFIGS / "memory_lm_60m.yaml"
+CLASSES = {
+    MAIN: (MetaSeqClassifier, SyntheticSeqCls),
+    MEMORY: (MemoryLM, CalibrationText),
+    MEMORY_60M: (MemoryLM, CalibrationText),
+}
+# What makes a large job one step of which a test can wait for.
+SMALLER = {
+    MEMORY_60M: {
+        "model.init_args.width": 32,
+        "model.init_args.heads": 2,
+        "model.init_args.memory_dim": 16,
+        "data.init_args.sequence_length": 256,
+        "data.init_args.num_workers": 0,
+    }
+}
 OVERLAYS = sorted(CONFIGS.glob("trainer/*.yaml"))
 # What holds other keys and needs no explanation of its own.
 STRUCTURE = {"model", "data", "trainer", "class_path", "init_args", "logger", "callbacks"}
@@ -40,14 +61,21 @@ def arguments(path: Path) -> list[str]:
     return ["fit", *(part for file in files for part in ("--config", str(file)))]
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the text is cached, for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _working_directory(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr("sys.argv", ["theria"])
 
 
 def test_all_are_found() -> None:
-    assert MAIN in JOBS
+    assert set(CLASSES) == set(JOBS)
     assert {path.stem for path in OVERLAYS} >= {"cpu", "gpu", "ddp", "debug"}
     assert {*JOBS, *OVERLAYS} == set(CONFIGS.rglob("*.yaml"))
 
@@ -73,7 +101,8 @@ def test_it_runs(path: Path) -> None:
             main(arguments(path))
         assert left.value.code == 2
         return
-    main([*arguments(path), "--trainer.fast_dev_run", "true"])
+    smaller = [f"--{name}={value}" for name, value in SMALLER.get(path, {}).items()]
+    main([*arguments(path), "--trainer.fast_dev_run", "true", *smaller])
     assert not list(Path().iterdir())
 
 
@@ -101,13 +130,38 @@ def test_every_key_is_explained(path: Path) -> None:
         assert explained or (match[1] in STRUCTURE and not is_callback), f"{path.name}: {line}"
 
 
-def test_the_main_job_names_every_setting_of_its_classes() -> None:
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_names_every_setting_of_its_classes(path: Path) -> None:
     """A new argument of the model, the data or a callback has to appear, with its explanation."""
-    config = yaml.safe_load(MAIN.read_text())
-    described = [(MetaSeqClassifier, config["model"]), (SyntheticSeqCls, config["data"])]
+    config = yaml.safe_load(path.read_text())
+    model, data = CLASSES[path]
+    described = [(model, config["model"]), (data, config["data"])]
     described += [
         (getattr(callbacks, entry["class_path"]), entry) for entry in config["trainer"]["callbacks"]
     ]
     for kind, entry in described:
         named = set(entry.get("init_args", {}))
         assert named == set(inspect.signature(kind).parameters) - {"dirpath"}, kind
+
+
+@pytest.mark.parametrize("path", [MEMORY, MEMORY_60M], ids=lambda path: path.stem)
+def test_the_memory_jobs_are_what_they_promise(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    for kind, given in ((Polarization, model["polarization"]), (Recall, data["recall"])):
+        assert set(given) == {field.name for field in dataclasses.fields(kind)}
+    assert data["recall"]["share"] <= 0.5  # at least half of the tokens are text
+    assert min(data["recall"]["num_keys"], data["recall"]["num_values"]) >= 64
+    assert (data["recall"]["min_pairs"], data["recall"]["max_pairs"]) == (8, 64)
+    steps = config["trainer"]["max_steps"]
+    assert model["lr_scheduler"]["init_args"]["total_steps"] == model["polarization"]["steps"] == steps
+    # what is stored can be farther back than attention reaches
+    assert model["blocks"] * (model["window"] - 1) < data["sequence_length"] - data["recall"]["query_span"]
+    decided = (REPOSITORY / "docs" / "results" / "chunk_sizes.md").read_text()
+    assert f"Default: **{model['chunk_size']}**" in decided
+    with torch.device("meta"):
+        sizes = set(inspect.signature(Decoder).parameters) - {"vocab"}
+        decoder = Decoder(model["vocab_size"], **{name: model[name] for name in sizes})
+    parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    least, most = (0, 2e6) if path == MEMORY else (54e6, 66e6)
+    assert least < parameters < most

@@ -16,9 +16,9 @@ import torch
 
 import datamodules.token_cache
 from datamodules import CalibrationText
-from datamodules.calibration_text import Recall
 from datamodules.documents import Domain
 from datamodules.packing import IGNORED, TextBatch
+from datamodules.recall_sequences import Recall
 from datamodules.tokenizers import ByteTokenizer, train_bpe
 from theria.models.memory_lm import MemoryLM
 from theria.tasks.recall import sample_recall

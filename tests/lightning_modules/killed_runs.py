@@ -1,8 +1,9 @@
 """Runs `theria fit` in children that kill themselves with SIGKILL at chosen points, and resumes them.
 
-Called as `python killed_runs.py DIRECTORY CONFIG...`. Torch and Lightning are imported once; every run is a
+Called as `python killed_runs.py DIRECTORY KILLS CONFIG...`, KILLS naming some of those below with commas
+between them, or all of them. Torch and Lightning are imported once; every run is a
 fork of this process, made while it has no threads. A run leaves its files in DIRECTORY/<name>, with the
-tasks of every training step in `tasks.jsonl` beside them.
+tasks or the sequences of every training step in `tasks.jsonl` beside them.
 """
 
 import functools
@@ -21,9 +22,9 @@ import torch
 import datamodules.synthetic_seqcls as data
 from callbacks import ResumableCheckpoint, RNGState
 from callbacks.metrics_file import MetricsFile
+from datamodules.packing import TextBatch
 from lightning_modules.cli import main
 
-RUN = Path("runs", "meta_seqcls", "version_0")
 Install = Callable[[], None]
 
 
@@ -164,6 +165,9 @@ def record_tasks() -> None:
 
     def batch_end(original: Callable[..., Any]) -> Callable[..., Any]:
         def on_train_batch_end(self: Any, trainer: Any, *args: Any) -> None:
+            batch = args[2]
+            if isinstance(batch, TextBatch):
+                asked["train"] = [batch.sample_ids.tolist(), batch.tokens.tolist()]
             with Path("tasks.jsonl").open("a") as file:
                 file.write(json.dumps([trainer.global_step, asked["train"]]) + "\n")
             original(self, trainer, *args)
@@ -198,18 +202,18 @@ def run(directory: Path, args: list[str], install: Install) -> int:
 def run_and_resume(directory: Path, configs: list[str], kills: list[Install]) -> None:
     directory.mkdir()
     start = ["fit", *(part for config in configs for part in ("--config", config))]
-    resume = ["fit", "--ckpt_path", str(RUN)]
-    statuses = [
-        run(directory, start if index == 0 else resume, install) for index, install in enumerate(kills)
-    ]
-    if kills != [nothing]:
-        statuses.append(run(directory, resume, nothing))
+    statuses = [run(directory, start, kills[0])]
+    for install in [*kills[1:], *([] if kills == [nothing] else [nothing])]:
+        (written,) = directory.glob("runs/*/version_0")
+        resume = ["fit", "--ckpt_path", str(written.relative_to(directory))]
+        statuses.append(run(directory, resume, install))
     (directory / "statuses.json").write_text(json.dumps(statuses))
 
 
 if __name__ == "__main__":
-    root, *given = sys.argv[1:]
-    lanes = [list(KILLS)[lane::2] for lane in range(2)]
+    root, chosen, *given = sys.argv[1:]
+    every = list(KILLS) if chosen == "all" else chosen.split(",")
+    lanes = [every[lane::2] for lane in range(2)]
     pids = []
     for names in lanes:
         pid = os.fork()

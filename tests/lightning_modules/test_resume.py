@@ -83,6 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sys.executable,
             str(HERE / "killed_runs.py"),
             str(directory),
+            "all",
             str(MAIN_CONFIG),
             str(directory / "small.yaml"),
         ],

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from theria.tasks.recall import IGNORED, RecallBatch, RecallSpec, sample_recall
+from theria.tasks.recall import IGNORED, RecallBatch, RecallSpec, answer_distances, sample_recall
 from theria.tasks.synthetic_seqcls import STREAMS
 
 SMALL = RecallSpec(
@@ -215,3 +215,20 @@ def test_never_stored_needs_keys_to_spare():
     spec = dataclasses.replace(SMALL, num_keys=14)
     with pytest.raises(ValueError, match="needs max_pairs \\+ queries = 15 keys, the specification has 14"):
         sample(spec, control="never_stored")
+
+
+@pytest.mark.parametrize("control", ["none", "previous_shard", "never_stored"])
+def test_distances_are_those_of_the_sampler(control):
+    spec = dataclasses.replace(SMALL, num_noise=100)
+    batch = sample(spec, control=control)
+    found = answer_distances(batch.tokens, batch.labels)
+    stored = batch.value_positions >= 0
+    expected = torch.where(stored, batch.query_positions - batch.value_positions, -1)
+    assert torch.equal(found.gather(1, batch.query_positions), expected)
+    elsewhere = torch.ones_like(found, dtype=torch.bool).scatter(1, batch.query_positions, False)
+    assert bool((found[elsewhere] == -1).all())
+
+
+def test_batches_without_queries_have_no_distances():
+    tokens = torch.randint(50, (2, 7))
+    assert bool((answer_distances(tokens, torch.full_like(tokens, IGNORED)) == -1).all())

@@ -58,6 +58,8 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(state_dtype(tensor.dtype))
 
 
+# not traced by a compiler: its loop over chunks would be unrolled, or its kernels are opaque
+@torch.compiler.disable
 def causal_read(
     rule: Rule,
     query: Tensor,

@@ -17,6 +17,7 @@ from theria.memory.short_conv import ConvState, ShortConvolution
 _DECAY_TEMPERATURE = 16
 _DECAY_LOGIT = 4.0
 _READ_BOUND = 4.0
+_SHARE_LOGIT = -3.0
 
 
 class MemoryState(NamedTuple):
@@ -30,9 +31,14 @@ class MemoryState(NamedTuple):
 class MemoryBranch(nn.Module):
     """m = AtlasMemory(W_o r), r read from an associative memory through the projected query.
 
-    With (q, k, v) = conv(W x), q and k of unit length per head, q' = QKProjection(q, k) and r_t = S_t q'_t.
-    The short convolution lets a key name the tokens before its value; it and both accumulators stop at
-    shard boundaries. A query whose key came often is projected to many times its length (M_t is its keys'
+    With (q, k, v) = conv(W x), q and k of unit length per head, q' = QKProjection(q, k) and
+    r_t = S_t ((1 - s) q_t + s q'_t), where s in (0, 1) is learned per head and starts at 0.05. The short
+    convolution lets a key name the tokens before its value; it and both accumulators stop at shard
+    boundaries.
+
+    Read through q' alone (s = 1) recall in text is not found within a thousand steps: q' is q times the
+    keys' second moment, in which the keys of frequent tokens outweigh by an order of magnitude the one key
+    that is asked for. A query whose key came often is projected to many times its length (M_t is its keys'
     second moment), so a read's root mean square is bent to stay below 4: r / sqrt(1 + mean(r^2) / 16), which
     is r where reads are of a token's scale, and keeps their dependence on norm_sum.
 
@@ -70,6 +76,7 @@ class MemoryBranch(nn.Module):
             PersistentMemory(heads, dim, slots=slots), chunk_size=chunk_size, kernel=kernel
         )
         self.memory = AssociativeMemory(rule, chunk_size=chunk_size, kernel=kernel)
+        self.share_logit = nn.Parameter(torch.full((heads,), _SHARE_LOGIT))
         self.beta = nn.Linear(width, heads) if rule != "hebbian" else None
         self.decay = nn.Linear(width, heads) if rule == "gated_delta" else None
         self.o_proj = nn.Linear(heads * dim, width, bias=False)
@@ -90,7 +97,7 @@ class MemoryBranch(nn.Module):
         q, k = _unit(q), _unit(k)
         projected, projection_state = self.projection(q, k, segment_ids=segment_ids, state=projection_state)
         read, memory_state = self.memory(
-            projected,
+            torch.lerp(q, projected, self.share[:, None, None].to(q.dtype)),
             k,
             v,
             beta=None if self.beta is None else torch.sigmoid(widened(self.beta(x))).mT,
@@ -100,6 +107,11 @@ class MemoryBranch(nn.Module):
         )
         out = self.atlas(self.o_proj(_bounded(read).transpose(1, 2).flatten(2)))
         return out, MemoryState(conv_state, projection_state, memory_state)
+
+    @property
+    def share(self) -> Float[Tensor, " heads"]:
+        """s, the projected query's share of what reads the memory."""
+        return torch.sigmoid(self.share_logit)
 
     @torch.no_grad()
     def _start(self) -> None:

@@ -52,6 +52,8 @@ def hebbian_read(
     return torch.cat(reads, dim=2).flatten(2, 3)[:, :, :length], state
 
 
+# not traced by a compiler: its loop over chunks would be unrolled, or its kernels are opaque
+@torch.compiler.disable
 def running_sum(
     amount: Float[Tensor, "batch heads length"],
     ranks: Int64[Tensor, "batch length"] | None,

@@ -91,7 +91,12 @@ class WindowAttention(nn.Module):
         after = AttentionState(k[:, :, cached], v[:, :, cached], None if ids is None else ids[:, cached])
         if ids is not None:
             q, k = self._apart(q, k, ids)
-        out = scaled_dot_product_attention(
+        return self._attend(q, k, v).transpose(1, 2), after
+
+    # a compiler traces neither the kernels' autograd functions nor gains anything inside them
+    @torch.compiler.disable
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
             q,
             k,
             v,
@@ -100,7 +105,6 @@ class WindowAttention(nn.Module):
             scale=self.head_dim**-0.5,
             backend=self.backend,
         )
-        return out.transpose(1, 2), after
 
     def _apart(self, q: Tensor, k: Tensor, ids: Int64[Tensor, "batch keys"]) -> tuple[Tensor, Tensor]:
         """Queries and keys with the features that lower their product where their shards differ."""

@@ -207,6 +207,27 @@ def sample_recall(
     )
 
 
+def answer_distances(
+    tokens: Int64[Tensor, "batch length"], labels: Int64[Tensor, "batch length"]
+) -> Int64[Tensor, "batch length"]:
+    """Tokens between each query and the value stored for its key; -1 where it has none, or none is asked.
+
+    The queried key is looked for among the tokens before the query, and what follows its first occurrence is
+    the value; keys must not occur in the filler.
+    """
+    length = tokens.shape[1]
+    place = torch.arange(length, device=tokens.device)
+    asked = labels != IGNORED
+    first = torch.full_like(tokens, length)
+    # by row, since a batch of all pairs of places would be length times as large as the batch
+    for row, (read, wanted) in enumerate(zip(tokens, asked, strict=True)):
+        queries = wanted.nonzero()[:, 0]
+        same = read[queries, None] == read
+        first[row, queries] = same.to(torch.int8).argmax(dim=1)
+    distance = place - first - 1
+    return torch.where(asked & (distance >= 0), distance, -1)
+
+
 def _draw(
     spec: RecallSpec, sequence_ids: Tensor, *, seed: int, epoch: int, stream: Stream
 ) -> dict[_Purpose, Int64[Tensor, "batch _"]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.report import provenance
 from callbacks import read_metrics
 from datamodules import CalibrationText
 from lightning_modules import MemoryLM
@@ -58,6 +59,7 @@ def train(
     fitted = time.perf_counter() - started
     figures = {
         "variant": variant,
+        "provenance": provenance("experiments.memory_study"),
         "steps": cli.trainer.global_step,
         "seconds": fitted,
         "parameters": sum(p.numel() for p in cli.model.parameters()),

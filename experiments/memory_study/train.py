@@ -51,7 +51,7 @@ def train(
     arguments = ["fit", *(part for config in configs for part in ("--config", str(config))), *overrides]
     arguments += _of_variant(given, variant)
     if steps is None and minutes is not None:
-        steps = int(60 * minutes / _seconds_a_step(arguments))
+        steps = max(1, int(60 * minutes / _seconds_a_step(arguments)))
     if steps is not None:
         arguments += _of_length(steps, given, variant)
     started = time.perf_counter()

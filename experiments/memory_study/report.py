@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.report import markdown_table, provenance
+from benchmarks.report import markdown_table
 
 TITLES = {
     "memory": "memory",
@@ -17,7 +17,7 @@ Figures = Mapping[str, Any]
 def page(runs: Sequence[Figures], xz: Mapping[str, float], config: str) -> str:
     """Markdown of the figures of some variants, the first of which names the data."""
     first = runs[0]
-    lines = [f"# {config}: text and recall", "", provenance("experiments.memory_study")]
+    lines = [f"# {config}: text and recall", "", *dict.fromkeys(run["provenance"] for run in runs)]
     lines += [*_what(runs), "", "## Text", "", *_text(runs, xz), "", "## Recall", "", *_recall(runs), ""]
     for run in runs:
         lines += [f"## {TITLES[run['variant']]}: over training", "", *_history(run), ""]

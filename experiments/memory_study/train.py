@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.report import provenance
 from callbacks import read_metrics
 from datamodules import CalibrationText
 from lightning_modules import MemoryLM
@@ -50,7 +51,7 @@ def train(
     arguments = ["fit", *(part for config in configs for part in ("--config", str(config))), *overrides]
     arguments += _of_variant(given, variant)
     if steps is None and minutes is not None:
-        steps = int(60 * minutes / _seconds_a_step(arguments))
+        steps = max(1, int(60 * minutes / _seconds_a_step(arguments)))
     if steps is not None:
         arguments += _of_length(steps, given, variant)
     started = time.perf_counter()
@@ -58,6 +59,7 @@ def train(
     fitted = time.perf_counter() - started
     figures = {
         "variant": variant,
+        "provenance": provenance("experiments.memory_study"),
         "steps": cli.trainer.global_step,
         "seconds": fitted,
         "parameters": sum(p.numel() for p in cli.model.parameters()),

@@ -116,7 +116,7 @@ def test_a_page_of_two_variants(tmp_path, monkeypatch):
                 "cache_dir": "cache",
             }
         },
-        "trainer": {"accelerator": "cpu", "log_every_n_steps": 2, "enable_model_summary": False},
+        "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "enable_model_summary": False},
     }
     Path("small.yaml").write_text(yaml.safe_dump(overlay))
     config = ["--config", str(CONFIGS / "memory_lm.yaml"), "small.yaml", "--work", "work"]

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from datamodules.packing import TextBatch
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.optimisation import decay_groups
+from lightning_modules.step_log import log_row, row_to_log
 from lightning_modules.step_metrics import StepMetrics
 from lightning_modules.text_evaluation import EvaluationSums, batch_sums, bits_per_byte, perplexity
 from lightning_modules.throughput import Throughput, peak_flops_of
@@ -277,19 +278,12 @@ class MemoryLM(LightningModule):
 
     def _show_step(self) -> None:
         """Log the step's values on the steps the trainer logs."""
-        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's body
-        if (stepped + 1) % (every or 1) != 0:
+        row = row_to_log(self, self.step_metrics, PROGRESS_BAR)
+        if row is None:
             return
-        self.step_metrics.flush()
-        row = self.step_metrics.last
-        for name in PROGRESS_BAR:
-            self.log(f"train/{name}", row[name], prog_bar=True)
-        # self.log takes a millisecond on a GPU's host: only what the bar shows goes through it
         hidden = {"step", "step_seconds", "chunk_size", *PROGRESS_BAR}
-        values = {_tag(name): value for name, value in row.items() if name not in hidden} | self._speed()
-        for logger in self.loggers:
-            logger.log_metrics(values, step=stepped)
+        values = {_tag(name): value for name, value in row.items() if name not in hidden}
+        log_row(self, values | self._speed())
 
     def _speed(self) -> dict[str, float]:
         """Means since the last time, which ended with the device read as this one does."""

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.metrics import MeanOverTasks
+from lightning_modules.step_log import log_row, row_to_log
 from lightning_modules.step_metrics import StepMetrics
 from theria.cuda_graph import CapturedFunction
 from theria.maml import (
@@ -188,19 +189,12 @@ class MetaSeqClassifier(LightningModule):
 
     def _show_step(self) -> None:
         """Log the step's values on the steps the trainer logs."""
-        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's body
-        if (stepped + 1) % (every or 1) != 0:
+        row = row_to_log(self, self.step_metrics, PROGRESS_BAR)
+        if row is None:
             return
-        self.step_metrics.flush()
-        row = self.step_metrics.last
-        for name in PROGRESS_BAR:
-            self.log(f"train/{name}", row[name], prog_bar=True)
-        # self.log takes a millisecond on a GPU's host: only what callbacks may monitor goes through it
         hidden = {"step", "step_seconds", *PROGRESS_BAR}
         values = {f"train/{name}": value for name, value in row.items() if name not in hidden}
-        for logger in self.loggers:
-            logger.log_metrics(values | {"perf/step_seconds": row["step_seconds"]}, step=stepped)
+        log_row(self, values | {"perf/step_seconds": row["step_seconds"]})
 
     def _curve(self, batch: TaskBatch) -> Tensor:
         support, query = (batch.support_x, batch.support_y), (batch.query_x, batch.query_y)

@@ -25,8 +25,9 @@ from experiments.operator_sensitivity.options import (
 )
 from experiments.operator_sensitivity.report import combine, write_page
 from experiments.operator_sensitivity.risk_checks import run_risk_checks
-from experiments.operator_sensitivity.runs import BASELINE, GATED, MODES, grid, shard
+from experiments.operator_sensitivity.runs import GATED, MODES, grid, shard
 from experiments.operator_sensitivity.search import run_search
+from experiments.operator_sensitivity.summary import CHOICES
 
 BACKENDS = ("reference", "custom", "triton_fused")
 
@@ -34,13 +35,13 @@ BACKENDS = ("reference", "custom", "triton_fused")
 def run_grid(arguments: Sequence[str]) -> int:
     """Run the grid: backends x variants x modes x inner steps x seeds, gate between, artifacts at the end."""
     options = parser("grid", run_grid.__doc__)
-    options.add_argument("--backends", nargs="+", default=["reference", "triton_fused"], choices=BACKENDS)
+    options.add_argument("--backends", nargs="+", default=CHOICES["backends"][1], choices=BACKENDS)
     options.add_argument(
-        "--variants", nargs="+", default=[BASELINE], metavar="NAME", help="see safety_taxonomy"
+        "--variants", nargs="+", default=CHOICES["variants"][1], metavar="NAME", help="see safety_taxonomy"
     )
-    options.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    options.add_argument("--inner-steps", nargs="+", type=int, default=[1, 5, 10, 20])
-    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    options.add_argument("--modes", nargs="+", default=CHOICES["modes"][1], choices=MODES)
+    options.add_argument("--inner-steps", nargs="+", type=int, default=CHOICES["inner-steps"][1])
+    options.add_argument("--seeds", nargs="+", type=int, default=CHOICES["seeds"][1])
     options.add_argument(
         "--override-gate", nargs="+", default=[], choices=CONDITIONS, help="conditions that need not be met"
     )
@@ -89,7 +90,11 @@ def run_report(arguments: Sequence[str]) -> int:
     args = options.parse_args(arguments)
     found = [combine(Ledger(args.source, tag), args.page.parent) for tag in args.tag]
     preface = args.preface.read_text(encoding="utf-8").splitlines() if args.preface else []
-    write_page([lines for lines, _ in found], args.page, [*preface, ""] if preface else [])
+    command = (
+        f"python -m experiments.operator_sensitivity report --tag {' '.join(args.tag)} --page {args.page}"
+    )
+    heading = [f"This page: `{command}`, from the rows of the commands below.", ""]
+    write_page([lines for lines, _ in found], args.page, [*heading, *([*preface, ""] if preface else [])])
     return int(any(strict.disagreeing for _, strict in found))
 
 

@@ -1,10 +1,12 @@
 """The written summary, every number of which is computed from the CSV."""
 
+import dataclasses
+
 import pandas as pd
 
 from experiments.operator_sensitivity import tables
 from experiments.operator_sensitivity.ledger import OK
-from experiments.operator_sensitivity.runs import BASELINE
+from experiments.operator_sensitivity.runs import BASELINE, MODES, Run
 from experiments.operator_sensitivity.statistics import (
     ENOUGH_SEEDS,
     NO_DIFFERENCE,
@@ -20,6 +22,15 @@ STRICT_POLICY = (
     " sums alone, whether the adapted parameters are detached or not. It is kept as a check on accidental"
     " curvature, and is no third baseline."
 )
+
+CHOICES: dict[str, tuple[str, list[str | int]]] = {
+    "backends": ("backend", ["reference", "triton_fused"]),
+    "variants": ("variant", [BASELINE]),
+    "modes": ("mode", [*MODES]),
+    "inner-steps": ("inner_steps", [1, 5, 10, 20]),
+    "seeds": ("seed", [0, 1]),
+}
+"""The grid's options of several values: their columns, and the defaults."""
 
 INTRODUCTION = (
     "When does second-order signal through attention turn into learning? FULL, FO and FO_STRICT meta-learn"
@@ -41,7 +52,7 @@ INTRODUCTION = (
 def section(everything: pd.DataFrame, strict: StrictAgreement, tag: str, pictures: list[str]) -> Lines:
     """What one study, named by its tag, has found."""
     good = successful(everything)
-    lines = [f"## {tag}", "", *_conditions(everything), ""]
+    lines = [f"## {tag}", "", *_conditions(everything, tag), ""]
     if good.empty:
         return [*lines, "No run has succeeded.", "", *tables.failures(everything), ""]
     sound = good[good["variant"] == BASELINE]
@@ -73,7 +84,22 @@ def section(everything: pd.DataFrame, strict: StrictAgreement, tag: str, picture
     return lines
 
 
-def _conditions(everything: pd.DataFrame) -> Lines:
+def command(everything: pd.DataFrame, tag: str) -> str:
+    """The command that makes these runs, with the options that are not its defaults."""
+    parts = ["python -m experiments.operator_sensitivity"]
+    for option, (column, default) in CHOICES.items():
+        values = list(dict.fromkeys(everything[column]))
+        if values and values != default:
+            parts.append(f"--{option} {' '.join(map(str, values))}")
+    chosen = {column for column, _ in CHOICES.values()}
+    for name, default in dataclasses.asdict(Run()).items():
+        values = [] if name in chosen else everything[name].unique().tolist()
+        if len(values) == 1 and values[0] != default:
+            parts.append("--" + name.replace("_", "-") + ("" if default is False else f" {values[0]}"))
+    return " ".join([*parts, f"--tag {tag}"])
+
+
+def _conditions(everything: pd.DataFrame, tag: str) -> Lines:
     """How it was run, each value once, in the words of the CSV's columns."""
 
     def each(column: str) -> str:
@@ -91,6 +117,7 @@ def _conditions(everything: pd.DataFrame) -> Lines:
     )
     machine = ("absorb_projections", "dtype", "compute_dtype", "autocast", "device", "versions", "commit")
     return [
+        f"Command: `{command(everything, tag)}`  ",
         f"{len(everything)} runs, {(everything['status'] == OK).sum()} succeeded;"
         f" {', '.join(map(each, (*settings, 'seed')))};",
         f"{', '.join(map(each, machine))}.",

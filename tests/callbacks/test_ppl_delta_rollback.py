@@ -1,6 +1,9 @@
 """Faults in short trainings: what goes back, to where, what is skipped, and what must not change."""
 
+import json
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,17 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from callbacks import (
+    ConfiguredOptimizerValues,
+    MetricsJSONL,
     PPLDeltaRollback,
     ResumableCheckpoint,
     RNGState,
+    UnhealthyTrainingError,
+    ppl_delta_rollback,
+    read_metrics,
 )
+from callbacks.refused_update import UpdateGuard
+from callbacks.rollback_ring import RollbackRing
 from datamodules.loader import BatchIndex, ResumableLoader, Shard
-from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lightning_modules.step_metrics import StepMetrics
 
 pytestmark = [
@@ -200,21 +212,480 @@ def rolled_back(callback: PPLDeltaRollback, monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
-@MODULES
-@pytest.mark.parametrize("with_workers", [False, True])
-def test_with_nothing_to_skip_the_weights_of_an_undisturbed_run_come_back_bit_for_bit(
-    tmp_path: Path, module_class: type[Module], with_workers: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module_class", "workers"), [(Automatic, 0), (Automatic, 1), (Manual, 0), (Logging, 0)]
+)
+def test_with_nothing_to_skip_an_undisturbed_run_comes_back_bit_for_bit(
+    tmp_path: Path, module_class: type[Module], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Across an epoch's end, with dropout and a schedule."""
-    if with_workers and module_class is not Automatic:
-        pytest.skip("one kind is enough for the loader")
+    """Across an epoch's end, with dropout, moments and a schedule."""
     undisturbed = train(tmp_path / "plain", module_class())
     callback = healer(skip_window=0)
     found = rolled_back(callback, monkeypatch)
-    data = ResumableLoader(Points(), Shard(8 * EPOCH, 8), num_workers=int(with_workers))
+    data = ResumableLoader(Points(), Shard(8 * EPOCH, 8), num_workers=workers)
     module = module_class(once(spiking(44, 45)))
     healed = train(tmp_path / "healed", module, RNGState(), callback, data=data)
     assert found == [(45, 30)]
     torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)
     assert module.seen[:46] == [(step, step) for step in range(46)]
     assert module.seen[46:] == [(step, step) for step in range(30, LAST_STEP)]
+
+
+@MODULES
+def test_a_healthy_run_is_the_same_bit_for_bit_with_and_without(
+    tmp_path: Path, module_class: type[Module]
+) -> None:
+    modules = [module_class() for _ in range(2)]
+    without = train(tmp_path / "without", modules[0])
+    callback = healer()
+    beside = train(tmp_path / "with", modules[1], callback)
+    assert callback.rollbacks == 0
+    torch.testing.assert_close(everything(beside), everything(without), rtol=0, atol=0)
+    assert modules[1].seen == modules[0].seen
+    names = sorted(path.name for path in (tmp_path / "with" / "checkpoints").iterdir())
+    assert names == [f"rollback_{step:06d}.ckpt" for step in (30, 40, 50, 60, 70)]
+
+
+class Events(Callback):
+    """What the loops do, by the step of the loggers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int, int]] = []
+
+    def note(self, name: str, trainer: Trainer) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        self.seen.append((name, trainer.global_step, trainer.current_epoch, loop._batches_that_stepped))
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.note("epoch starts", trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.note("epoch ends", trainer)
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self.note("validated", trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.note("batch", trainer)
+
+
+class Validated(Automatic):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.layer(batch[1]).square().mean())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"val_check_interval": 15, "check_val_every_n_epoch": None},
+        {"val_check_interval": 10},
+        {"val_check_interval": 5, "limit_train_batches": 15},
+        {"check_val_every_n_epoch": 2},
+    ],
+    ids=str,
+)
+def test_loops_go_on_from_the_target_as_they_did_before(tmp_path: Path, schedule: dict[str, Any]) -> None:
+    def run(name: str, fault: Fault, *callbacks: Callback) -> list[tuple[str, int, int, int]]:
+        events, module = Events(), Validated(fault)
+        trainer = Trainer(
+            default_root_dir=tmp_path / name,
+            callbacks=[*callbacks, events],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            max_steps=LAST_STEP,
+            **schedule,
+        )
+        torch.manual_seed(1)
+        trainer.fit(module, loader(), DataLoader(Points(), batch_size=None, sampler=[BatchIndex(0, range(8))]))
+        return events.seen
+
+    undisturbed = run("plain", spiking())
+    healed = run("healed", once(spiking(44, 45)), healer(skip_window=0))
+    spike = healed.index(next(event for event in healed if event[:2] == ("batch", 46)))
+    # what belongs to step 46 comes before the rollback, what belongs to step 30 is done
+    again = next(i for i in range(spike, len(healed)) if healed[i][:2] == ("batch", 31))
+    first = next(i for i, event in enumerate(undisturbed) if event[:2] == ("batch", 31))
+    while healed[again - 1] == undisturbed[first - 1] and healed[again - 1][1] == 30:
+        again, first = again - 1, first - 1
+    assert healed[again:] == undisturbed[first:]
+
+
+def gradient_fault(number: int, value: float) -> Fault:
+    """One entry of one gradient of this batch; the loss stays what it is."""
+
+    def change(batch: int, loss: Tensor) -> Tensor:
+        if batch != number:
+            return loss
+        changed = loss.clone()
+        changed.register_hook(lambda gradient: gradient * value)
+        return changed
+
+    return change
+
+
+@MODULES
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_is_refused_and_undone_at_once(
+    tmp_path: Path, module_class: type[Module], value: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = gradient_fault(34, value)
+    if kind == "loss":
+        fault = lambda number, loss: loss * value if number == 34 else loss  # noqa: E731
+    callback, module = healer(), module_class(fault)
+    found = rolled_back(callback, monkeypatch)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            assert all(weight.isfinite().all() for weight in module.parameters())
+            moments = [m for state in trainer.optimizers[0].state.values() for m in state.values()]
+            assert all(moment.isfinite().all() for moment in moments)
+
+    train(tmp_path, module, callback, Watch())
+    assert found == [(35, 20)]
+    assert [number for _, number in module.seen][:48] == [*range(35), *range(20, 32), 37]
+
+
+def test_without_refusal_the_weights_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above."""
+    monkeypatch.setattr(UpdateGuard, "refuse_if", lambda guard, refused: None)
+    module, finite = Automatic(gradient_fault(34, torch.nan)), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            finite.append(bool(module.layer.weight.isfinite().all()))
+
+    train(tmp_path, module, healer(), Watch())
+    assert not all(finite)
+
+
+def final_loss(module: Module) -> float:
+    """On points without noise, of the weights alone."""
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        return float((module.layer(x).squeeze(-1) - x @ torch.tensor([1.0, -2.0, 0.5])).square().mean())
+
+
+@pytest.fixture(scope="module")
+def undisturbed_loss(tmp_path_factory: pytest.TempPathFactory) -> float:
+    module = Automatic()
+    train(tmp_path_factory.mktemp("undisturbed"), module)
+    return final_loss(module)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected", "skipped"),
+    [
+        # the checkpoint of step 30 has not proved to be healthy yet
+        ((32, 33), [(33, 20)], (30, 36)),
+        # on the very step of a checkpoint, 40: the second bad step, and the first
+        ((38, 39), [(39, 30)], (36, 42)),
+        ((39, 40), [(40, 30)], (37, 43)),
+        # one bad step, the checkpoint of step 40, then two more: 40 never proved to be healthy
+        ((37, 42, 43), [(43, 30)], (40, 46)),
+        # two faults with the checkpoint of step 40 between them
+        ((37, 38, 42, 43), [(38, 30), (37, 30)], (35, 46)),
+        # a burst, half of which is left behind the first window
+        ((44, 45, 46, 47, 48, 49, 50), [(45, 30), (43, 30)], (42, 52)),
+    ],
+    ids=str,
+)
+def test_where_spikes_are_taken_back_to_and_what_is_skipped(
+    tmp_path: Path,
+    numbers: tuple[int, ...],
+    expected: list[tuple[int, int]],
+    skipped: tuple[int, int],
+    undisturbed_loss: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bad batches return whenever their numbers come."""
+    callback, data = healer(), loader()
+    found = rolled_back(callback, monkeypatch)
+    module = Automatic(spiking(*numbers))
+    train(tmp_path, module, callback, data=data)
+    assert found == expected
+    assert data.skipped == [range(*skipped)]
+    last_try = [number for _, number in module.seen[-(LAST_STEP - expected[-1][1]) :]]
+    stream = [number for number in range(LAST_STEP * 2) if number not in range(*skipped)]
+    assert last_try == stream[expected[-1][1] : LAST_STEP]
+    assert final_loss(module) < 1.1 * undisturbed_loss
+
+
+def test_a_fault_before_the_first_checkpoint_goes_back_to_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(tmp_path / "plain", Automatic())
+    callback = healer(skip_window=0)
+    found = rolled_back(callback, monkeypatch)
+    nan_once = once(lambda number, loss: loss * torch.nan if number == 7 else loss)
+    healed = train(tmp_path / "healed", Automatic(nan_once), callback)
+    assert found == [(8, 0)]
+    torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)
+
+
+class BreakWeights(Callback):
+    """Spoils the weights in the step that ends with a checkpoint, once: the loss shows it one step later."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+
+    def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
+        if len(self.module.seen) == 40:
+            self.module.layer.weight.data.mul_(-30)
+
+
+def test_a_poisoned_checkpoint_is_never_restored(
+    tmp_path: Path, undisturbed_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, module = healer(), Automatic()
+    found = rolled_back(callback, monkeypatch)
+    train(tmp_path, module, callback, BreakWeights(module))
+    assert found == [(41, 30)]
+    assert final_loss(module) < 1.1 * undisturbed_loss
+
+
+def test_a_ring_that_takes_its_newest_checkpoint_would_restore_the_poisoned_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test above."""
+    monkeypatch.setattr(RollbackRing, "target", property(lambda ring: ring.steps[-1]))
+    callback, module = healer(), Automatic()
+    found = rolled_back(callback, monkeypatch)
+    with pytest.raises(UnhealthyTrainingError):
+        train(tmp_path, module, callback, BreakWeights(module))
+    assert found == [(41, 40)] * 3
+
+
+def for_ever(number: int, loss: Tensor) -> Tensor:
+    return loss * 50 + 3 if number >= 32 else loss
+
+
+def test_at_the_cap_it_stops_and_names_the_last_healthy_checkpoint(tmp_path: Path) -> None:
+    callback = healer()
+    with pytest.raises(UnhealthyTrainingError, match=r"perplexity of step \d+, .* 3 of at most 3") as stopped:
+        train(tmp_path, Automatic(for_ever), callback)
+    assert stopped.value.checkpoint == tmp_path / "checkpoints" / "rollback_000020.ckpt"
+    assert str(stopped.value.checkpoint) in str(stopped.value)
+    assert callback.rollbacks == 3
+    module = Automatic()
+    trainer = train(tmp_path / "on", module, healer(), steps=30, ckpt_path=stopped.value.checkpoint)
+    assert trainer.global_step == 30
+    assert [step for step, _ in module.seen] == list(range(20, 30))
+
+
+def test_at_the_cap_it_may_also_go_on_with_a_warning(tmp_path: Path) -> None:
+    callback = healer(at_cap="warn", max_rollbacks=1)
+    with pytest.warns(UserWarning, match="1 of at most 1 rollbacks are used up") as warned:
+        trainer = train(tmp_path, Automatic(for_ever), callback)
+    assert (trainer.global_step, callback.rollbacks) == (LAST_STEP, 1)
+    assert len(warned) < LAST_STEP
+
+
+def test_without_a_healthy_checkpoint_it_stops(tmp_path: Path) -> None:
+    """A checkpoint of a run without the callback has no ring."""
+    train(tmp_path / "before", Automatic(), ResumableCheckpoint(every_n_steps=10), steps=10)
+    start = tmp_path / "before" / "checkpoints" / "step_000010.ckpt"
+    nan = lambda number, loss: loss * torch.nan if number == 12 else loss  # noqa: E731
+    with pytest.raises(UnhealthyTrainingError, match="there is no healthy checkpoint") as stopped:
+        saver = ResumableCheckpoint(every_n_steps=10)
+        train(tmp_path / "after", Automatic(nan), healer(), saver, ckpt_path=start)
+    assert stopped.value.checkpoint is None
+
+
+class Rates(Callback):
+    """The learning rate that each step is really taken with."""
+
+    def __init__(self) -> None:
+        self.used: list[tuple[int, float]] = []
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        update = trainer.optimizers[0]._cuda_graph_capture_health_check  # called inside AdamW's step
+
+        def note() -> None:
+            self.used.append((trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"])))
+            update()
+
+        trainer.optimizers[0]._cuda_graph_capture_health_check = note
+
+
+@pytest.mark.parametrize("module_class", [Automatic, Manual])
+def test_learning_rates_are_lower_while_it_cools_down_and_the_schedule_stays(
+    tmp_path: Path, module_class: type[Module]
+) -> None:
+    rates, callback = Rates(), healer(lr_factor=0.25, cool_down=12)
+    trainer = train(tmp_path, module_class(spiking(44, 45)), callback, rates)
+    assert callback.rollbacks == 1
+    for index, (step, rate) in enumerate(rates.used):
+        cooling = index >= 46 and step < 30 + 12
+        assert rate == pytest.approx(0.05 * 0.99**step * (0.25 if cooling else 1.0)), step
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.99**LAST_STEP)
+
+
+def test_while_it_cools_down_only_what_is_not_finite_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(number: int, loss: Tensor) -> Tensor:
+        # after the rollback to step 30 batches 42 to 47 are skipped
+        loss = spiking(44, 45, 39, 40)(number, loss) if calls.append(number) or 44 in calls else loss
+        return loss * torch.nan if number == 55 else loss
+
+    calls: list[int] = []
+    callback = healer(cool_down=20)
+    found = rolled_back(callback, monkeypatch)
+    train(tmp_path, Automatic(fault), callback)
+    assert found[0] == (45, 30)
+    # the spikes of steps 40 and 41 were passed, and five good steps followed; batch 55 comes six steps early
+    assert found[1:] == [(50, 40)]
+
+
+def test_reading_one_step_later_comes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: refused on the device, acted upon after one more step."""
+    def fault(number: int, loss: Tensor) -> Tensor:
+        return gradient_fault(8, torch.inf)(number, spiking(44, 45)(number, loss))
+
+    before = Automatic(fault)
+    at_once = train(tmp_path / "once", before, healer())
+    monkeypatch.setattr(ppl_delta_rollback, "_lag_on", lambda device: 1)
+    monkeypatch.setattr(UpdateGuard, "refuse_if", UpdateGuard.refuse_on_device_if)
+    callback, module = healer(), Automatic(fault)
+    found = rolled_back(callback, monkeypatch)
+    later = train(tmp_path / "later", module, callback)
+    assert found == [(9, 0), (40, 30)]
+    # one more step was taken before each was acted upon
+    assert {seen for _, seen in module.seen} - {seen for _, seen in before.seen} == {9, 46}
+    torch.testing.assert_close(everything(later), everything(at_once), rtol=0, atol=0)
+
+
+def test_the_records_have_every_step_once_with_what_it_was_judged(tmp_path: Path) -> None:
+    for module_class in (Automatic, Manual, Logging):
+        directory = tmp_path / module_class.__name__
+        module = module_class(spiking(44, 45))
+        train(directory, module, healer(threshold=0.05), MetricsJSONL())
+        table = read_metrics(directory / "metrics.jsonl")
+        if module_class is Automatic:
+            continue  # logs nothing, so it has the callback's columns alone
+        assert table["step"].tolist() == list(range(1, LAST_STEP + 1))
+        assert table["attempt"].tolist() == [1] * 30 + [2] * 40
+        assert table["rollback_count"].tolist() == [0.0] * 30 + [1.0] * 40
+        torch.testing.assert_close(
+            torch.tensor(table["perplexity"]), torch.tensor(table["loss"]).clamp(max=20).exp(), rtol=1e-6, atol=0
+        )
+        assert table["is_spike"].tolist() == (table["ppl_delta"] > 0.05).astype(float).tolist()
+        first = read_first_attempt(directory / "metrics.jsonl")
+        assert [first[step]["is_spike"] for step in (45, 46)] == [1.0, 1.0]
+        assert first[45]["perplexity"] > 10 * first[44]["perplexity"]
+
+
+def read_first_attempt(path: Path) -> dict[int, dict[str, float]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["step"]: row for row in rows if row["kind"] == "train" and row["attempt"] == 1}
+
+
+def test_later_checkpoints_are_dropped_and_the_target_is_saved_as_it_is_now(tmp_path: Path) -> None:
+    callback, saver = healer(), ResumableCheckpoint(every_n_steps=4, keep_last=9)
+    seen: list[set[str]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            seen.append({path.name for path in (tmp_path / "checkpoints").iterdir()})
+
+    train(tmp_path, Automatic(spiking(44, 45)), callback, saver, Watch(), steps=46)
+    before, after = seen[45], seen[46]
+    assert {"step_000040.ckpt", "step_000044.ckpt", "rollback_000040.ckpt"} <= before
+    assert after == {name for name in before if int(name[-11:-5]) <= 30} | {"step_000030.ckpt"}
+    saved = read_checkpoint(tmp_path / "checkpoints" / "step_000030.ckpt")
+    assert saved["callbacks"][callback.state_key]["rollbacks"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trigger": "loose"},
+        {"at_cap": "crash"},
+        {"patience": 0},
+        {"healthy_after": 0},
+        {"ring_size": 0},
+        {"warm_up": 0},
+        {"baseline_steps": 1},
+        {"skip_window": -1},
+        {"cool_down": -1},
+        {"max_rollbacks": -1},
+        {"threshold": 0.0},
+        {"z_limit": -1.0},
+        {"lr_factor": 0.0},
+        {"every_n_steps": 0},
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        PPLDeltaRollback(**options)
+
+
+def test_what_cannot_be_set_back_is_refused_before_training(tmp_path: Path) -> None:
+    plain = DataLoader(TensorDataset(torch.randn(40, 3), torch.randn(40)), batch_size=8)
+    with pytest.raises(MisconfigurationException, match="can be set back and skip batches"):
+        train(tmp_path, Automatic(), healer(), data=plain)
+    with pytest.raises(MisconfigurationException, match="has to stand before MetricsJSONL"):
+        train(tmp_path, Automatic(), MetricsJSONL(), healer())
+
+
+def test_a_module_that_shows_no_loss_is_told_so(tmp_path: Path) -> None:
+    class Silent(Manual):
+        def record(self, loss: Tensor) -> None:
+            if self.trainer.global_step == 1:
+                self.step_metrics.append(1, {"loss": loss.detach()})
+
+    with pytest.raises(MisconfigurationException, match="Silent shows no 'loss' at step 2"):
+        train(tmp_path, Silent(), healer())
+
+    class Stale(Logging):
+        def record(self, loss: Tensor) -> None:
+            if self.trainer.global_step == 1:
+                self.log("loss", loss)
+
+    with pytest.raises(MisconfigurationException, match="Stale shows no 'loss' at step 2"):
+        train(tmp_path, Stale(), healer())
+    with pytest.raises(MisconfigurationException, match="shows no 'lm_loss' at step 1"):
+        train(tmp_path, Automatic(), healer(monitor="lm_loss"))
+
+
+def test_a_part_of_the_loss_can_be_monitored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parts(Automatic):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            part = 100 * loss.detach() if int(batch[0]) in (44, 45) else loss.detach()
+            return {"loss": loss, "lm_loss": part + 1}
+
+    for monitor, expected in (("lm_loss", [(45, 30)]), ("loss", [])):
+        callback = healer(monitor=monitor)
+        found = rolled_back(callback, monkeypatch)
+        train(tmp_path / monitor, Parts(), callback)
+        assert found == expected
+
+
+def test_the_batches_of_an_accumulated_step_are_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(tmp_path / "plain", Automatic(), steps=60, accumulate_grad_batches=3)
+    callback, rows = healer(skip_window=0), {}
+    found = rolled_back(callback, monkeypatch)
+    judge = callback._health.observe
+
+    def observe(step: int, batch: int, loss: float, gradient: float) -> Any:
+        rows[step] = (batch, loss)
+        return judge(step, batch, loss, gradient)
+
+    monkeypatch.setattr(callback._health, "observe", observe)
+    # an epoch of 20 batches has 7 steps, the last of two batches
+    module = Automatic(once(spiking(113, 114, 115)))
+    healed = train(tmp_path / "healed", module, callback, steps=60, accumulate_grad_batches=3)
+    assert found == [(40, 30)]
+    assert [rows[step][0] for step in (1, 2, 7, 8, 9)] == [0, 3, 18, 20, 23]
+    torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from callbacks import (
-    ConfiguredOptimizerValues,
     MetricsJSONL,
     PPLDeltaRollback,
     ResumableCheckpoint,
@@ -300,7 +299,9 @@ def test_loops_go_on_from_the_target_as_they_did_before(tmp_path: Path, schedule
             **schedule,
         )
         torch.manual_seed(1)
-        trainer.fit(module, loader(), DataLoader(Points(), batch_size=None, sampler=[BatchIndex(0, range(8))]))
+        trainer.fit(
+            module, loader(), DataLoader(Points(), batch_size=None, sampler=[BatchIndex(0, range(8))])
+        )
         return events.seen
 
     undisturbed = run("plain", spiking())
@@ -490,8 +491,8 @@ def test_without_a_healthy_checkpoint_it_stops(tmp_path: Path) -> None:
     train(tmp_path / "before", Automatic(), ResumableCheckpoint(every_n_steps=10), steps=10)
     start = tmp_path / "before" / "checkpoints" / "step_000010.ckpt"
     nan = lambda number, loss: loss * torch.nan if number == 12 else loss  # noqa: E731
+    saver = ResumableCheckpoint(every_n_steps=10)
     with pytest.raises(UnhealthyTrainingError, match="there is no healthy checkpoint") as stopped:
-        saver = ResumableCheckpoint(every_n_steps=10)
         train(tmp_path / "after", Automatic(nan), healer(), saver, ckpt_path=start)
     assert stopped.value.checkpoint is None
 
@@ -546,6 +547,7 @@ def test_reading_one_step_later_comes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA: refused on the device, acted upon after one more step."""
+
     def fault(number: int, loss: Tensor) -> Tensor:
         return gradient_fault(8, torch.inf)(number, spiking(44, 45)(number, loss))
 
@@ -574,7 +576,10 @@ def test_the_records_have_every_step_once_with_what_it_was_judged(tmp_path: Path
         assert table["attempt"].tolist() == [1] * 30 + [2] * 40
         assert table["rollback_count"].tolist() == [0.0] * 30 + [1.0] * 40
         torch.testing.assert_close(
-            torch.tensor(table["perplexity"]), torch.tensor(table["loss"]).clamp(max=20).exp(), rtol=1e-6, atol=0
+            torch.tensor(table["perplexity"]),
+            torch.tensor(table["loss"]).clamp(max=20).exp(),
+            rtol=1e-6,
+            atol=0,
         )
         assert table["is_spike"].tolist() == (table["ppl_delta"] > 0.05).astype(float).tolist()
         first = read_first_attempt(directory / "metrics.jsonl")
@@ -689,3 +694,140 @@ def test_the_batches_of_an_accumulated_step_are_one_step(
     assert found == [(40, 30)]
     assert [rows[step][0] for step in (1, 2, 7, 8, 9)] == [0, 3, 18, 20, 23]
     torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The grad scaler")
+def test_the_gradient_scaler_goes_back_and_its_refusals_are_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[tuple[int, float]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            scales.append((trainer.global_step, float(trainer.precision_plugin.state_dict()["scale"])))
+
+    def fault(number: int, loss: Tensor) -> Tensor:
+        return gradient_fault(25, torch.inf)(number, spiking(44, 45)(number, loss))
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=16)
+    callback = healer()
+    found = rolled_back(callback, monkeypatch)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    monkeypatch.setattr(precision, "forward_context", torch.enable_grad)  # the scaler alone is meant here
+    train(tmp_path, Automatic(fault), callback, Watch(), plugins=[AtomicCheckpointIO(), precision])
+    assert found == [(45, 30)]
+    # it halves at step 26, and doubles after 16 good ones: at step 42, and after the rollback at 42 again
+    assert dict(scales[:46])[30] == 4.0
+    assert dict(scales[:46])[45] == 8.0
+    assert scales[46] == (31, 4.0)
+
+
+def at_call(owner: Any, name: str, number: int, *, after: bool = False) -> Callable[[], None]:
+    """Kill when this function of an object or class is called for the n-th time, before it acts or after."""
+
+    def install() -> None:
+        original, calls = getattr(owner, name), [0]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, call)
+
+    return install
+
+
+def replacing(name: str, number: int, *, after: bool) -> Callable[[], None]:
+    """Kill just before or after a file gets its name for the n-th time."""
+
+    def install() -> None:
+        original, calls = os.replace, [0]
+
+        def replace(source: Any, target: Any) -> None:
+            calls[0] += Path(target).name == name
+            hit = calls[0] == number and Path(target).name == name
+            if hit and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(source, target)
+            if hit:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace
+
+    return install
+
+
+def run_to_be_killed(directory: Path, install: Callable[[], None] = lambda: None) -> int:
+    """A run of 50 steps, forked, from its newest checkpoint if it has one; how it ended."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        install()
+        checkpoints = sorted((directory / "checkpoints").glob("step_*.ckpt"))
+        callback = healer(cool_down=15, lr_factor=0.5)
+        saver = ResumableCheckpoint(every_n_steps=4, keep_last=2)
+        trainer = train(
+            directory,
+            Manual(spiking(36, 37)),
+            RNGState(),
+            callback,
+            MetricsJSONL(),
+            saver,
+            steps=50,
+            ckpt_path=checkpoints[-1] if checkpoints else None,
+        )
+        torch.save({"end": everything(trainer), "rollbacks": callback.rollbacks}, directory / "end.pt")
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    assert run_to_be_killed(directory) == 0
+    return directory
+
+
+KILLS = {
+    "before the fault": at_call(Module, "loss", 33),
+    "before the second bad step": at_call(Module, "loss", 38),
+    "as it begins": at_call(PPLDeltaRollback, "_roll_back", 1),
+    "with training set back": at_call(PPLDeltaRollback, "_roll_back", 1, after=True),
+    "with a new attempt begun": at_call(MetricsJSONL, "start_attempt", 1, after=True),
+    "with half of the target written": replacing("step_000030.ckpt", 1, after=False),
+    "with the target written": replacing("step_000030.ckpt", 1, after=True),
+    "with later checkpoints gone": at_call(ResumableCheckpoint, "set_back", 1, after=True),
+    "as it ends": at_call(PPLDeltaRollback, "_finish_rollback", 1, after=True),
+    "while it cools down": at_call(Module, "loss", 47),
+    "with half of the ring's checkpoint written": replacing("rollback_000030.ckpt", 1, after=False),
+    "with the ring's checkpoint written": replacing("rollback_000030.ckpt", 1, after=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS, ids=str)
+def test_a_run_killed_around_a_rollback_ends_as_the_uninterrupted_one(
+    tmp_path: Path, kill: str, uninterrupted: Path
+) -> None:
+    assert run_to_be_killed(tmp_path, KILLS[kill]) == -signal.SIGKILL
+    assert run_to_be_killed(tmp_path) == 0
+    ends = [torch.load(path / "end.pt") for path in (tmp_path, uninterrupted)]
+    assert ends[1]["rollbacks"] == 1
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    tables = [read_metrics(path / "metrics.jsonl") for path in (tmp_path, uninterrupted)]
+    for table in tables:
+        assert table["step"].tolist() == list(range(1, 51))
+    for column in ("loss", "perplexity", "ppl_delta", "rollback_count"):
+        assert tables[0][column].tolist() == tables[1][column].tolist(), column
+    names = [
+        {file.name for file in (run / "checkpoints").glob("*.ckpt")} for run in (tmp_path, uninterrupted)
+    ]
+    assert names[0] == names[1]

@@ -19,9 +19,10 @@ class UpdateGuard:
     """Refuses single steps of an optimiser: parameters and the optimiser's state stay as they were.
 
     Where the flag is on the host, the gradients are taken away, which every optimiser of torch reads as
-    nothing to do. A flag on another device is not read: a fused optimiser takes it as it takes a gradient
+    nothing to do. A flag on another device is not read: fused Adam and AdamW take it as they take a gradient
     scaler's, and for any other the update is undone on the device (one more copy of parameters and state a
-    step; a step counter that an optimiser keeps on the host moves on all the same).
+    step; a step counter that an optimiser keeps on the host moves on all the same). Fused SGD is among the
+    others, because torch leaves its momentum uninitialised where its first step is refused.
 
     Args:
         optimizer: whose steps to guard, until ``release``.
@@ -45,7 +46,8 @@ class UpdateGuard:
     def refuse_on_device_if(self, refused: Tensor) -> None:
         """As ``refuse_if``, without reading the flag."""
         self._refused = refused
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        takes_flag = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if takes_flag and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = refused.to(torch.float32)  # type: ignore[attr-defined]
         else:
             self._before = {tensor: tensor.detach().clone() for tensor in self._tensors(refused.device)}

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from callbacks import (
+    ConfiguredOptimizerValues,
     MetricsJSONL,
     PPLDeltaRollback,
     ResumableCheckpoint,
@@ -694,6 +695,64 @@ def test_the_batches_of_an_accumulated_step_are_one_step(
     assert found == [(40, 30)]
     assert [rows[step][0] for step in (1, 2, 7, 8, 9)] == [0, 3, 18, 20, 23]
     torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)
+
+
+class Counting(Callback):
+    """Has a state, and wants to stop in a step that is undone."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.batches += 1
+        trainer.should_stop = len(pl_module.seen) == 46
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches = state_dict["batches"]
+
+
+def test_other_callbacks_go_back_too_and_a_stop_that_was_asked_for_is_forgotten(tmp_path: Path) -> None:
+    counting = Counting()
+    trainer = train(tmp_path, Automatic(spiking(44, 45)), healer(), counting)
+    assert trainer.global_step == LAST_STEP
+    assert counting.batches == LAST_STEP
+
+
+def test_the_baseline_goes_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = healer(skip_window=0)
+    judged: dict[int, list[float]] = {}
+    observe = callback._health.observe
+
+    def watch(step: int, *values: Any) -> Any:
+        result = observe(step, *values)
+        judged.setdefault(step, []).append(result[0].ppl_delta)
+        return result
+
+    monkeypatch.setattr(callback._health, "observe", watch)
+    train(tmp_path, Automatic(once(spiking(44, 45))), RNGState(), callback)
+    for step in range(31, 45):
+        first, again = judged[step]
+        assert first == again
+
+
+def test_a_rate_configured_anew_at_a_resume_outlives_a_rollback_to_before_it(tmp_path: Path) -> None:
+    class Slower(Automatic):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def callbacks() -> list[Callback]:
+        return [ConfiguredOptimizerValues(), healer(), ResumableCheckpoint(every_n_steps=18)]
+
+    train(tmp_path, Automatic(), *callbacks(), steps=36)
+    start, used = tmp_path / "checkpoints" / "step_000036.ckpt", callbacks()
+    trainer = train(tmp_path, Slower(spiking(37, 38)), *used, steps=45, ckpt_path=start)
+    assert used[1].rollbacks == 1
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.99**45)
 
 
 @pytest.mark.filterwarnings("ignore:The grad scaler")

@@ -79,11 +79,24 @@ def test_outliers_do_not_move_the_baseline() -> None:
 
 
 def test_the_baseline_follows_a_slow_rise_and_a_sudden_fall() -> None:
-    """Whose noise is so small that every step of the rise is far outside of it."""
-    for change in (lambda step: 0.0004 * step, lambda step: -1.0 if step > 300 else 0.0):
+    """By stairs of 1%, whose noise is so small that each is far outside of it."""
+    for change in (lambda step: 0.01 * (step // 100), lambda step: -1.0 if step > 300 else 0.0):
         judge = health()
         assert faults(judge, [2.0 + 1e-4 * math.sin(step) + change(step) for step in range(1000)]) == []
         assert abs(judge.baseline.judge(2.0 + change(999)).ppl_delta) < 0.05
+
+
+@pytest.mark.parametrize("trigger", ["robust", "plain"])
+def test_nothing_but_what_is_not_finite_is_bad_while_it_warms_up(trigger: Trigger) -> None:
+    for steps, bad in ((49, False), (50, True)):
+        judge = TrainingHealth(PerplexityBaseline(warm_up=50), trigger, patience=1)
+        for step, loss in enumerate([1.0, 1.01] * 30, 1):
+            if step <= steps:
+                judge.observe(step, step, loss, 1.0)
+        judged, good = judge.observe(steps + 1, 0, 9.0, 1.0)
+        assert judged.is_spike
+        assert good is not bad
+        assert (judge.fault is not None) is bad
 
 
 def test_a_window_without_spread_still_tells_a_rise() -> None:

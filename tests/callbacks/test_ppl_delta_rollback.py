@@ -821,7 +821,9 @@ def replacing(name: str, number: int, *, after: bool) -> Callable[[], None]:
     return install
 
 
-def run_to_be_killed(directory: Path, install: Callable[[], None] = lambda: None) -> int:
+def run_to_be_killed(
+    directory: Path, install: Callable[[], None] = lambda: None, fault: Fault | None = None
+) -> int:
     """A run of 50 steps, forked, from its newest checkpoint if it has one; how it ended."""
     child = os.fork()
     if child:
@@ -834,7 +836,7 @@ def run_to_be_killed(directory: Path, install: Callable[[], None] = lambda: None
         saver = ResumableCheckpoint(every_n_steps=4, keep_last=2)
         trainer = train(
             directory,
-            Manual(spiking(36, 37)),
+            Manual(fault or spiking(36, 37)),
             RNGState(),
             callback,
             MetricsJSONL(),
@@ -890,3 +892,22 @@ def test_a_run_killed_around_a_rollback_ends_as_the_uninterrupted_one(
         {file.name for file in (run / "checkpoints").glob("*.ckpt")} for run in (tmp_path, uninterrupted)
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_going_back_to_the_beginning_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    def fault(number: int, loss: Tensor) -> Tensor:
+        return loss * torch.nan if number == 7 else loss
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    assert run_to_be_killed(whole, fault=fault) == 0
+    assert run_to_be_killed(killed, at_call(Module, "loss", 11), fault) == -signal.SIGKILL
+    assert [path.name for path in sorted((killed / "checkpoints").iterdir())] == [
+        "rollback_000000.ckpt",
+        "step_000000.ckpt",
+    ]
+    assert run_to_be_killed(killed, fault=fault) == 0
+    torch.testing.assert_close(torch.load(killed / "end.pt"), torch.load(whole / "end.pt"), rtol=0, atol=0)
+    assert read_metrics(killed / "metrics.jsonl")["step"].tolist() == list(range(1, 51))

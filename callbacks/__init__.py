@@ -6,6 +6,7 @@ from callbacks.curvature_probe import CurvatureProbe
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
 from callbacks.optimizer_values import ConfiguredOptimizerValues
+from callbacks.ppl_delta_rollback import PPLDeltaRollback, UnhealthyTrainingError
 from callbacks.progress import StepProgressBar
 from callbacks.resumable_checkpoint import ResumableCheckpoint
 from callbacks.rng_state import RNGState
@@ -16,8 +17,10 @@ __all__ = [
     "ConfiguredOptimizerValues",
     "CurvatureProbe",
     "MetricsJSONL",
+    "PPLDeltaRollback",
     "RNGState",
     "ResumableCheckpoint",
     "StepProgressBar",
+    "UnhealthyTrainingError",
     "read_metrics",
 ]

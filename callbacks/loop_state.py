@@ -6,10 +6,12 @@ loggers' step moves by one. `normalise` rewrites the counters of a checkpoint th
 training resumed from it does what the uninterrupted run did next.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.loop import _Loop
 
 Counters = dict[str, Any]
 
@@ -97,6 +99,31 @@ def normalise(trainer: Trainer, fit_loop: Counters) -> None:
         validation["total"]["ready"] = validation["total"]["started"] = 1
 
 
+def counters_between_batches(trainer: Trainer) -> Counters:
+    """The counters to which `set_back` sets training back, read between two batches or before the first."""
+    counters: Counters = copy.deepcopy(trainer.fit_loop.state_dict())
+    counters["state_dict"].pop("combined_loader", None)  # of which the loader's own state is kept
+    for epoch in counters["epoch_progress"].values():
+        epoch["ready"] = epoch["started"] = epoch["processed"] + 1  # an epoch stays open between its batches
+    return counters
+
+
+def set_back(trainer: Trainer, counters: Counters) -> None:
+    """Let running training go on from `counters_between_batches`; called between two batches.
+
+    The training loader has to be set back as well, before this: it is asked for its next batch anew.
+    """
+    loop = trainer.fit_loop
+    loop.load_state_dict(copy.deepcopy(counters))
+    _go_on_without_restart(loop)
+    fetcher = loop._data_fetcher
+    if fetcher is None:
+        raise RuntimeError("training can only be set back while it runs")
+    iter(fetcher)
+    fetcher.fetched = loop.epoch_loop.batch_progress.current.ready
+    trainer.should_stop = False  # what asked for it saw a training that is undone
+
+
 def take_up_epoch(trainer: Trainer) -> None:
     """Make restored loops go on from an epoch's boundary, as `normalise` left it, when training starts."""
     loop = trainer.fit_loop
@@ -127,6 +154,15 @@ def _begin_next_epoch(fit_loop: Counters) -> None:
     batch["is_last_batch"] = False
     # A loader that counts within its epoch stands at the end of the one before.
     fit_loop["state_dict"].pop("combined_loader", None)
+
+
+def _go_on_without_restart(loop: _Loop) -> None:
+    """Take back that counters were loaded, which Lightning understands as a new start of the process."""
+    for child in vars(loop).values():
+        if isinstance(child, _Loop):
+            _go_on_without_restart(child)
+    loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+    loop.reset_restart_stage()
 
 
 def _fill(counters: dict[str, int], value: int) -> None:

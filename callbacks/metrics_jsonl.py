@@ -29,6 +29,14 @@ class StepRows(Protocol):
         """Hand over what is waiting; with ``reduce`` a collective call where several ranks train."""
 
 
+@runtime_checkable
+class StepFields(Protocol):
+    """A callback with metrics of its own for the records of single steps."""
+
+    def step_fields(self, step: int) -> Mapping[str, float]:
+        """Those of a finished step, asked for once; a name that the module records too is the module's."""
+
+
 class MetricsJSONL(Callback):
     """One record per optimiser step in ``<trainer.log_dir>/<filename>``; ``read_metrics`` reads it back.
 
@@ -39,6 +47,9 @@ class MetricsJSONL(Callback):
     event. Validation results are records of their own. Only rank zero writes, and what an exception leaves
     over are rank zero's own values, since other ranks may not be there to average with. ``fast_dev_run``
     writes nothing.
+
+    Callbacks with ``step_fields``, as PPLDeltaRollback has them, add theirs to the records of the steps; they
+    stand before this one in the list of callbacks.
 
     Every fit opens a new attempt in the file, and so does ``start_attempt``; nothing is rewritten.
 
@@ -61,6 +72,8 @@ class MetricsJSONL(Callback):
         self._file: MetricsFile | None = None
         self._trainer: Trainer | None = None
         self._buffer: StepRows | None = None
+        self._received: Rows = []
+        self._sources: list[StepFields] = []
         self._logged: list[tuple[int, dict[str, Tensor]]] = []
         self._before: dict[str, Tensor] = {}
         self._step = 0
@@ -104,13 +117,15 @@ class MetricsJSONL(Callback):
             return
         self._trainer = trainer
         self._step = trainer.global_step
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its class body
+        self._sources = [callback for callback in callbacks if isinstance(callback, StepFields)]
         if trainer.is_global_zero:
             self._file = MetricsFile(self._path, step=self._step)
         buffer = getattr(pl_module, "step_metrics", None)
         if isinstance(buffer, StepRows):
             # Rows left over from an earlier run belong to none of this one's attempts.
             buffer.flush()
-            buffer.subscribe(self._write_rows)
+            buffer.subscribe(self._receive)
             self._buffer = buffer
 
     def on_train_batch_start(
@@ -128,6 +143,7 @@ class MetricsJSONL(Callback):
             return
         self._ended_at.setdefault(trainer.global_step, time.time())
         self._collect(trainer)
+        self._write_received()
         if len(self._logged) >= self.flush_every:
             self._write_logged()
 
@@ -177,10 +193,20 @@ class MetricsJSONL(Callback):
             return
         if self._buffer is not None:
             self._buffer.flush(reduce=reduce)
+        self._write_received()
         if self._file is not None:
             self._collect(self._trainer)
             self._write_logged()
             self._file.sync()
+
+    def _receive(self, rows: Rows) -> None:
+        """Keep a block until the batch has ended: other callbacks may not have seen its last step yet."""
+        self._received += rows
+
+    def _write_received(self) -> None:
+        received, self._received = self._received, []
+        if received:
+            self._write_rows(received)
 
     def _write_logged(self) -> None:
         logged, self._logged = self._logged, []
@@ -191,16 +217,18 @@ class MetricsJSONL(Callback):
         if self._file is None:
             return
         now = time.time()
-        self._file.append("train", [(self._ended_at.get(int(row["step"]), now), row) for row in rows])
-        self._ended_at.clear()
+        for row in rows:
+            for source in self._sources:
+                row.update({k: v for k, v in source.step_fields(int(row["step"])).items() if k not in row})
+        self._file.append("train", [(self._ended_at.pop(int(row["step"]), now), row) for row in rows])
 
     def _release(self) -> None:
         if self._buffer is not None:
-            self._buffer.unsubscribe(self._write_rows)
+            self._buffer.unsubscribe(self._receive)
         if self._file is not None:
             self._file.close()
         self._trainer = self._buffer = self._file = None
-        self._logged, self._before = [], {}
+        self._logged, self._received, self._before, self._sources = [], [], {}, []
         self._ended_at.clear()
 
 

@@ -149,6 +149,21 @@ class ResumableCheckpoint(Checkpoint):
         if stopped and (between_batches or loop_state.inside_validation(trainer)):
             self._save(trainer)
 
+    def set_back(self, trainer: Trainer) -> None:
+        """Save the step that training was set back to, then remove the checkpoints of later ones.
+
+        A kill in between leaves one from which training comes to the same place again. Every rank has to
+        call it.
+        """
+        now = trainer.global_step
+        self._scores = {name: score for name, score in self._scores.items() if _step_of(name) <= now}
+        self._saved_step = -1  # the file of this step, if there is one, is of the training that is undone
+        self._save(trainer)
+        if trainer.is_global_zero:
+            for path in self._directory.iterdir():
+                if CHECKPOINT_NAME.fullmatch(path.name) and _step_of(path.name) > now:
+                    trainer.strategy.remove_checkpoint(path)
+
     def _save_if_due(self, trainer: Trainer) -> None:
         due = trainer.global_step % self.every_n_steps == 0
         best = _file_name(trainer) in self._scores
@@ -198,6 +213,10 @@ class ResumableCheckpoint(Checkpoint):
         for path in written[: -self.keep_last]:
             if path.name not in self._scores:
                 trainer.strategy.remove_checkpoint(path)
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step_").removesuffix(".ckpt"))
 
 
 def _file_name(trainer: Trainer) -> str:

@@ -107,6 +107,16 @@ class StepMetrics:
         if len(self._pending) == self.capacity:
             self.flush()
 
+    def latest(self, name: str, step: int) -> Tensor | float | None:
+        """A value of the newest step, on its device if it is not flushed; None if that is not ``step``."""
+        if self._pending:
+            row = self._pending[-1]
+            if row["step"] == step and name in self._tensor_names and self._block is not None:
+                return self._block[len(self._pending) - 1, self._tensor_names.index(name)]
+        else:
+            row = self._last
+        return row.get(name) if row.get("step") == step else None
+
     def flush(self, *, reduce: bool = True) -> None:
         """Bring the waiting rows to the host in one transfer and hand them, in order, to every subscriber.
 

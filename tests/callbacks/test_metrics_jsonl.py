@@ -386,3 +386,26 @@ def test_no_directory_is_an_error_before_training(tmp_path: Path, monkeypatch: p
 def test_flush_every_is_checked(flush_every: object) -> None:
     with pytest.raises(ValueError, match="flush_every must be a positive integer"):
         MetricsJSONL(flush_every=flush_every)  # type: ignore[arg-type]
+
+
+@MODULES
+def test_fields_of_other_callbacks_stand_in_the_records_of_their_steps(
+    tmp_path: Path, module_class: type[Line]
+) -> None:
+    class Counts(Callback):
+        """Knows a step once its batch has ended, which a full buffer does not wait for."""
+
+        def __init__(self) -> None:
+            self.known: set[int] = set()
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.known.add(trainer.global_step)
+
+        def step_fields(self, step: int) -> dict[str, float]:
+            return {"square": float(step**2), "loss": -1.0} if step in self.known else {}
+
+    module = module_class(capacity=3) if module_class is Buffered else module_class()
+    make_trainer(tmp_path, Counts(), MetricsJSONL(flush_every=3)).fit(module, loader(8))
+    table = read_metrics(tmp_path / "metrics.jsonl")
+    assert table["square"].tolist() == [step**2 for step in range(1, 9)]
+    assert list(zip(table["step"], table["loss"], strict=True)) == module.seen  # the module's own goes first

@@ -305,3 +305,17 @@ def test_rows_of_a_module_that_moves_to_cuda_keep_their_order() -> None:
     buffer.append(2, {"loss": torch.tensor(2.0, device="cuda")})
     buffer.flush()
     assert collector.rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_the_latest_value_is_that_of_the_step_asked_for_and_is_not_read() -> None:
+    metrics = StepMetrics(capacity=2)
+    assert metrics.latest("loss", 1) is None
+    metrics.append(1, {"loss": torch.tensor(0.5), "seconds": 3.0})
+    latest = metrics.latest("loss", 1)
+    assert isinstance(latest, torch.Tensor)
+    assert latest.item() == 0.5
+    assert metrics.latest("seconds", 1) == 3.0
+    assert metrics.latest("loss", 2) is metrics.latest("accuracy", 1) is None
+    metrics.append(2, {"loss": torch.tensor(0.25), "seconds": 3.0})  # full, so flushed
+    assert metrics.latest("loss", 2) == 0.25
+    assert metrics.latest("loss", 1) is None

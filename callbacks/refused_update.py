@@ -1,0 +1,89 @@
+"""Optimiser steps that do not happen where their gradient is not finite."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def largest_gradient(optimizer: Optimizer) -> Tensor | None:
+    """The largest absolute entry of all gradients; NaN where one is NaN, None without gradients."""
+    gradients = [parameter.grad for parameter in _with_gradient(optimizer)]
+    if not gradients:
+        return None
+    return torch.nn.utils.get_total_norm([g for g in gradients if g is not None], norm_type=torch.inf)
+
+
+class UpdateGuard:
+    """Refuses single steps of an optimiser: parameters and the optimiser's state stay as they were.
+
+    Where the flag is on the host, the gradients are taken away, which every optimiser of torch reads as
+    nothing to do. A flag on another device is not read: fused Adam and AdamW take it as they take a gradient
+    scaler's, and for any other the update is undone on the device (one more copy of parameters and state a
+    step; a step counter that an optimiser keeps on the host moves on all the same). Fused SGD is among the
+    others, because torch leaves its momentum uninitialised where its first step is refused.
+
+    Args:
+        optimizer: whose steps to guard, until ``release``.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._refused: Tensor | None = None
+        self._before: dict[Tensor, Tensor] = {}
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def refuse_if(self, refused: Tensor) -> None:
+        """Refuse the step that is about to be taken if this 0-dimensional boolean tensor is true."""
+        if refused.device.type == "cpu":
+            if refused.item():
+                for parameter in _with_gradient(self.optimizer):
+                    parameter.grad = None
+        else:
+            self.refuse_on_device_if(refused)
+
+    def refuse_on_device_if(self, refused: Tensor) -> None:
+        """As ``refuse_if``, without reading the flag."""
+        self._refused = refused
+        takes_flag = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if takes_flag and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = refused.to(torch.float32)  # type: ignore[attr-defined]
+        else:
+            self._before = {tensor: tensor.detach().clone() for tensor in self._tensors(refused.device)}
+
+    def release(self) -> None:
+        """Stop guarding."""
+        self._hook.remove()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._refused is None:
+            return
+        refused, self._refused = self._refused, None
+        if hasattr(optimizer, "found_inf"):
+            del optimizer.found_inf
+            return
+        before, self._before = self._before, {}
+        with torch.no_grad():
+            for tensor in self._tensors(refused.device):
+                # what the step has made itself started from zeros
+                old = before.get(tensor)
+                torch.where(refused, torch.zeros_like(tensor) if old is None else old, tensor, out=tensor)
+
+    def _tensors(self, device: torch.device) -> list[Tensor]:
+        """The parameters that have a gradient, and what the optimiser keeps of them on this device."""
+        found: list[Tensor] = []
+        for parameter in _with_gradient(self.optimizer):
+            state = self.optimizer.state.get(parameter, {})
+            kept = (value for value in state.values() if isinstance(value, Tensor))
+            found += [parameter, *(value for value in kept if value.device == device)]
+        return found
+
+
+def _with_gradient(optimizer: Optimizer) -> list[Tensor]:
+    return [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]

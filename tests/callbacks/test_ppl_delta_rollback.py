@@ -70,7 +70,7 @@ class Module(LightningModule):
         self.dropout = torch.nn.Dropout(0.2)  # draws from the global generator
         self.fault = fault or (lambda number, loss: loss)
         self.seen: list[tuple[int, int]] = []
-        self.rates: list[float] = []
+        self.losses: list[float] = []
 
     def loss(self, batch: tuple[int, Tensor, Tensor]) -> Tensor:
         number, x, y = batch
@@ -78,7 +78,9 @@ class Module(LightningModule):
         random.random()
         np.random.random()  # noqa: NPY002  # the global generator is restored too
         loss = (self.layer(x + 0.01 * self.dropout(x)).squeeze(-1) - y).square().mean()
-        return self.fault(int(number), loss)
+        loss = self.fault(int(number), loss)
+        self.losses.append(loss.item())
+        return loss
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
@@ -589,6 +591,16 @@ def test_reading_one_step_later_comes_to_the_same_weights(
     torch.testing.assert_close(everything(later), everything(at_once), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_fault_of_the_last_step_is_seen(tmp_path: Path, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppl_delta_rollback, "_lag_on", lambda device: lag)
+    nan = lambda number, loss: loss * torch.nan if number == LAST_STEP - 1 else loss  # noqa: E731
+    callback, module = healer(), Automatic(nan)
+    trainer = train(tmp_path, module, callback)
+    assert (callback.rollbacks, trainer.global_step) == (1, LAST_STEP)
+    assert all(weight.isfinite().all() for weight in module.parameters())
+
+
 @MODULES
 def test_the_records_have_every_step_once_with_what_it_was_judged(
     tmp_path: Path, module_class: type[Module]
@@ -712,6 +724,8 @@ def test_the_batches_of_an_accumulated_step_are_one_step(
     healed = train(tmp_path / "healed", module, callback, steps=60, accumulate_grad_batches=3)
     assert found == [(40, 30)]
     assert [rows[step][0] for step in (1, 2, 7, 8, 9)] == [0, 3, 18, 20, 23]
+    for step, batches in ((1, slice(0, 3)), (2, slice(3, 6)), (8, slice(20, 23))):
+        assert rows[step][1] == pytest.approx(np.mean(module.losses[batches]))
     torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)
 
 

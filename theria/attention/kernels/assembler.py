@@ -3,8 +3,8 @@
 ptxas 12.8, which Triton up to 3.7 takes for Hopper, loses the upper halves of the addresses at which the
 matrix units find their operands: on an H200 kernels of narrow heads gave wrong numbers or illegal addresses,
 and the same PTX assembled by 12.9 or later did not. Before 13.3 it may also reuse a register that a matrix
-unit still reads (triton-lang/triton, issue 9433 and pull request 11781). So the newest ptxas at hand is
-taken: of Triton's own two, of which it keeps one for Blackwell, and of the package ``nvidia-cuda-nvcc``.
+unit still reads, as NVIDIA's release notes of CUDA 13.3 say. So the newest ptxas at hand is taken: of
+Triton's own two, of which it keeps one for Blackwell, and of the package ``nvidia-cuda-nvcc``.
 """
 
 import ctypes

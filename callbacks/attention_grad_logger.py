@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.intervals import checked_interval
+from callbacks.loop_state import log_values, logging_step
 
 
 class AttentionGradLogger(Callback):
@@ -65,7 +66,7 @@ class AttentionGradLogger(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Report the gradients of the step that is about to be finished, every n steps."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logging_step(trainer)
         if (step + 1) % self.every_n_steps or not trainer.is_global_zero:
             return
         gradients = self._gradients(pl_module, optimizer)
@@ -73,8 +74,7 @@ class AttentionGradLogger(Callback):
             return
         norms = torch.stack([torch.linalg.vector_norm(values) for values in gradients.values()]).tolist()
         metrics = {f"grad/{projection}": norm for projection, norm in zip(gradients, norms, strict=True)}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        log_values(trainer, metrics, step)
         if self.histograms:
             for writer in _writers(trainer):
                 self._write_histograms(writer, gradients, step)

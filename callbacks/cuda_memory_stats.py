@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.intervals import checked_interval
+from callbacks.loop_state import log_values, logging_step
 
 _MIB = 2**20
 
@@ -59,6 +60,4 @@ class CUDAMemoryStats(Callback):
             "cuda/peak_mib": torch.cuda.max_memory_allocated(self._device) / _MIB,
         }
         torch.cuda.reset_peak_memory_stats(self._device)
-        for logger in trainer.loggers:
-            # where self.log puts the values of this batch
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        log_values(trainer, metrics, logging_step(trainer))

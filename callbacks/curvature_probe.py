@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.intervals import checked_interval
+from callbacks.loop_state import log_values, logging_step
 from theria.curvature import SecondOrderSignal, second_order_signal
 from theria.curvature.verdicts import one_line
 from theria.models.seq_classifier import SeqClassifier
@@ -135,9 +136,7 @@ class CurvatureProbe(Callback):
             "curvature/probe_seconds": seconds,
             "curvature/probe_share": share,
         }
-        for logger in trainer.loggers:
-            # where self.log puts the values of this batch
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        log_values(trainer, metrics, logging_step(trainer))
         if not found.attn_path.exists and not self._warned:
             self._warned = True
             rank_zero_warn(

@@ -7,7 +7,7 @@ training resumed from it does what the uninterrupted run did next.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -134,6 +134,17 @@ def take_up_epoch(trainer: Trainer) -> None:
         loop.epoch_loop.restarting = False  # the next epoch begins afresh
     elif current.completed >= loop.max_batches and loop._data_fetcher is not None:
         loop._data_fetcher.done = True  # an endless loader would hand out a batch of the next epoch
+
+
+def logging_step(trainer: Trainer) -> int:
+    """Where ``self.log`` puts the values of the batch in training; between batches it has moved on by one."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    """Give values to all loggers."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
 
 
 def _validation_is_scheduled(trainer: Trainer) -> bool:

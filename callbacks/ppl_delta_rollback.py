@@ -381,6 +381,4 @@ def _lag_on(device: torch.device) -> int:
 
 
 def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1  # where self.log put the batch just done
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=step)
+    loop_state.log_values(trainer, metrics, loop_state.logging_step(trainer) - 1)

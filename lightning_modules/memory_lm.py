@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from callbacks.loop_state import log_values, logging_step
 from datamodules.packing import TextBatch
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.optimisation import decay_groups
-from lightning_modules.step_log import log_row, row_to_log
+from lightning_modules.step_log import row_to_log
 from lightning_modules.step_metrics import StepMetrics
 from lightning_modules.text_evaluation import EvaluationSums, batch_sums, bits_per_byte, perplexity
 from lightning_modules.throughput import Throughput, peak_flops_of
@@ -283,7 +284,7 @@ class MemoryLM(LightningModule):
             return
         hidden = {"step", "step_seconds", "chunk_size", *PROGRESS_BAR}
         values = {_tag(name): value for name, value in row.items() if name not in hidden}
-        log_row(self, values | self._speed())
+        log_values(self.trainer, values | self._speed(), logging_step(self.trainer))
 
     def _speed(self) -> dict[str, float]:
         """Means since the last time, which ended with the device read as this one does."""

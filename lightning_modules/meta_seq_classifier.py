@@ -12,9 +12,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from callbacks.loop_state import log_values, logging_step
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.metrics import MeanOverTasks
-from lightning_modules.step_log import log_row, row_to_log
+from lightning_modules.step_log import row_to_log
 from lightning_modules.step_metrics import StepMetrics
 from theria.cuda_graph import CapturedFunction
 from theria.maml import (
@@ -194,7 +195,9 @@ class MetaSeqClassifier(LightningModule):
             return
         hidden = {"step", "step_seconds", *PROGRESS_BAR}
         values = {f"train/{name}": value for name, value in row.items() if name not in hidden}
-        log_row(self, values | {"perf/step_seconds": row["step_seconds"]})
+        log_values(
+            self.trainer, values | {"perf/step_seconds": row["step_seconds"]}, logging_step(self.trainer)
+        )
 
     def _curve(self, batch: TaskBatch) -> Tensor:
         support, query = (batch.support_x, batch.support_y), (batch.query_x, batch.query_y)

@@ -1,9 +1,10 @@
 """What training modules log of a step, on the steps the trainer logs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule
 
+from callbacks.loop_state import logging_step
 from lightning_modules.step_metrics import StepMetrics
 
 
@@ -11,23 +12,13 @@ def row_to_log(module: LightningModule, metrics: StepMetrics, bar: Sequence[str]
     """The last step's row where it is time to log, else None.
 
     The entries of the progress ``bar`` go through ``self.log``, which takes a millisecond on a GPU's host:
-    only what the bar and callbacks read goes there, the rest through ``log_row``.
+    only what the bar and callbacks read goes there, the rest through ``log_values``.
     """
     every = module.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's body
-    if (_batches_stepped(module) + 1) % (every or 1) != 0:
+    if (logging_step(module.trainer) + 1) % (every or 1) != 0:
         return None
     metrics.flush()
     row = metrics.last
     for name in bar:
         module.log(f"train/{name}", row[name], prog_bar=True)
     return row
-
-
-def log_row(module: LightningModule, values: Mapping[str, float]) -> None:
-    """Give values to all loggers at the step that Lightning's own logging has."""
-    for logger in module.loggers:
-        logger.log_metrics(dict(values), step=_batches_stepped(module))
-
-
-def _batches_stepped(module: LightningModule) -> int:
-    return module.trainer.fit_loop.epoch_loop._batches_that_stepped

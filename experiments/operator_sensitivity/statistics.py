@@ -80,18 +80,7 @@ def gains(table: pd.DataFrame, first: str = "FULL", second: str = "FO") -> pd.Da
     Returns:
         Columns of the configuration, gain, low, high, pairs, p_value, p_adjusted, statement.
     """
-    rows: list[dict[str, object]] = []
-    for cell, own in pairs(table, first, second).groupby(list(CELL), sort=False):
-        found = paired_interval(own["gain"].to_numpy())
-        rows.append(
-            dict(zip(CELL, cell, strict=True))
-            | {"gain": found.mean, "low": found.low, "high": found.high, "pairs": found.count}
-            | {"p_value": found.p_value}
-        )
-    result = pd.DataFrame(rows, columns=[*CELL, "gain", "low", "high", "pairs", "p_value"])
-    result["p_adjusted"] = _adjusted(result["p_value"].to_numpy(dtype=float))
-    result["statement"] = _statements(result, first, second)
-    return result
+    return _intervals(pairs(table, first, second), list(CELL), first, second)
 
 
 def against_baseline(table: pd.DataFrame) -> pd.DataFrame:
@@ -105,19 +94,7 @@ def against_baseline(table: pd.DataFrame) -> pd.DataFrame:
     sound = good.loc[good["variant"] == BASELINE, [*shared, "final_acc"]]
     joined = good[good["variant"] != BASELINE].merge(sound, on=shared, suffixes=("", "_sound"))
     joined["gain"] = joined["final_acc"] - joined["final_acc_sound"]
-    names = ["backend", "variant", "mode", "inner_steps"]
-    rows: list[dict[str, object]] = []
-    for cell, own in joined.groupby(names, sort=False):
-        found = paired_interval(own["gain"].to_numpy())
-        rows.append(
-            dict(zip(names, cell, strict=True))
-            | {"gain": found.mean, "low": found.low, "high": found.high, "pairs": found.count}
-            | {"p_value": found.p_value}
-        )
-    result = pd.DataFrame(rows, columns=[*names, "gain", "low", "high", "pairs", "p_value"])
-    result["p_adjusted"] = _adjusted(result["p_value"].to_numpy(dtype=float))
-    result["statement"] = _statements(result, "variant", BASELINE)
-    return result
+    return _intervals(joined, ["backend", "variant", "mode", "inner_steps"], "variant", BASELINE)
 
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:
@@ -147,6 +124,22 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
 def as_bool(value: object) -> bool:
     """A truth value as a CSV brings it back."""
     return str(value) == "True"
+
+
+def _intervals(paired: pd.DataFrame, names: list[str], first: str, second: str) -> pd.DataFrame:
+    """The mean gain of every cell of ``names`` with its interval, and what it says of first over second."""
+    rows: list[dict[str, object]] = []
+    for cell, own in paired.groupby(names, sort=False):
+        found = paired_interval(own["gain"].to_numpy())
+        rows.append(
+            dict(zip(names, cell, strict=True))
+            | {"gain": found.mean, "low": found.low, "high": found.high, "pairs": found.count}
+            | {"p_value": found.p_value}
+        )
+    result = pd.DataFrame(rows, columns=[*names, "gain", "low", "high", "pairs", "p_value"])
+    result["p_adjusted"] = _adjusted(result["p_value"].to_numpy(dtype=float))
+    result["statement"] = _statements(result, first, second)
+    return result
 
 
 def _adjusted(p_values: NDArray[np.float64]) -> NDArray[np.float64]:

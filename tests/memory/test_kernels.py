@@ -4,7 +4,9 @@ The package runs on GPUs alone. On the CPU, stand-ins of its three functions, lo
 its documentation, check the layouts, resets and states that it is given; on a GPU it is compared itself.
 """
 
+import importlib
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -199,8 +201,31 @@ def test_auto_is_the_tensor_form_on_the_cpu_and_fla_says_why_not(monkeypatch):
 )
 def test_every_limit_has_its_reason(monkeypatch, dtype, key_dim, chunk_size, reason):
     monkeypatch.setattr(fla_kernels, "_installed", lambda: True)
+    monkeypatch.setattr(fla_kernels, "_is_hopper", lambda device: False)
     found = fla_kernels.refusal(dtype, torch.device("cuda"), key_dim, chunk_size)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("hopper", "version", "wrong"),
+    [
+        (True, (3, 3, 1), False),
+        (True, (3, 4, 0), True),
+        (True, (3, 6, 0), True),
+        (True, (3, 7, 0), True),
+        (True, (3, 7, 1), False),
+        (False, (3, 6, 0), False),
+    ],
+)
+def test_where_triton_makes_the_gradient_wrong_is_refused(monkeypatch, hopper, version, wrong):
+    monkeypatch.setattr(fla_kernels, "_installed", lambda: True)
+    monkeypatch.setattr(fla_kernels, "_is_hopper", lambda device: hopper)
+    monkeypatch.setattr(fla_kernels, "_triton_version", lambda: version)
+    found = fla_kernels.refusal(torch.bfloat16, torch.device("cuda"), 8, 64)
+    assert (found is not None) == wrong
+    if wrong:
+        assert "wrong on Hopper GPUs by Triton 3.4 up to 3.7.1, not included" in found
+        assert found.endswith(".".join(map(str, version)))
 
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
@@ -210,7 +235,14 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 
 
 def fla_on_a_gpu():
-    pytest.importorskip("fla.ops.simple_gla", reason="needs flash-linear-attention")
+    reason = fla_kernels.refusal(torch.bfloat16, torch.device("cuda"), 64, 64)
+    if reason is not None:
+        pytest.skip(reason)
+    with warnings.catch_warnings():
+        # it imports parts of torch that are deprecated
+        warnings.simplefilter("ignore")
+        for name in ("simple_gla", "delta_rule", "gated_delta_rule"):
+            importlib.import_module(f"fla.ops.{name}")
 
 
 @pytest.mark.gpu

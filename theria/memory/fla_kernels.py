@@ -25,6 +25,9 @@ MAX_KEY_DIM = 256
 CHUNK_SIZES = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
 
+# github.com/fla-org/flash-linear-attention/issues/640; the package itself raises then, in the backward
+WRONG_SINCE, WRONG_UNTIL = (3, 4), (3, 7, 1)
+
 # exp(-128) is below half of float32's least number. A power of two, and not larger than needed: the kernels
 # add up a chunk's log decays in float32, where it must not swallow those of the gate.
 _RESET = -128.0
@@ -42,6 +45,12 @@ def refusal(dtype: torch.dtype, device: torch.device, key_dim: int, chunk_size: 
         return f"they support the chunk sizes {', '.join(map(str, CHUNK_SIZES))}, not {chunk_size}"
     if not _installed():
         return "flash-linear-attention is not installed; pip install 'theria[fla]'"
+    if _is_hopper(device) and WRONG_SINCE <= _triton_version() < WRONG_UNTIL:
+        return (
+            "their gradient with decays, of which shards are made too, comes out wrong on Hopper GPUs by "
+            f"Triton {_text(WRONG_SINCE)} up to {_text(WRONG_UNTIL)}, not included; here it is "
+            f"{_text(_triton_version())}"
+        )
     return None
 
 
@@ -120,3 +129,18 @@ def _kernel(rule: Rule, *, gated: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 @cache
 def _installed() -> bool:
     return find_spec("fla") is not None
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    version = importlib.import_module("triton").__version__
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -99,7 +99,8 @@ class PolarizationSchedule(nn.Module):
             return self.initial * torch.exp(part * math.log(self.final / self.initial))
         if self.shape == "cosine":
             part = (1 - torch.cos(math.pi * part)) / 2
-        return torch.lerp(part.new_tensor(self.initial), part.new_tensor(self.final), part)
+        # filled on the device: a tensor made of a number would be copied there, and waited for
+        return torch.lerp(part.new_full((), self.initial), part.new_full((), self.final), part)
 
     def advance(self) -> None:
         """Count a step."""

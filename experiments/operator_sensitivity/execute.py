@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -30,11 +31,16 @@ def execute(
         jobs: processes; 0 for one a CPU core, or one for a GPU, whose runs would share it.
         retry_failed: do runs again whose row says that they failed.
         title: of the progress bar.
+
+    Raises:
+        ValueError: if runs are missing whose device is not there.
     """
     done = ledger.finished(failed_too=not retry_failed)
     missing = [run for run in runs if run.run_id not in done]
     if not missing:
         return 0
+    if missing[0].device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: {len(missing)} runs are to be done, and there is no CUDA device")
     jobs = jobs or (1 if missing[0].device == "cuda" else len(os.sched_getaffinity(0)))
     commit = current_commit()
     with _bar() as bar:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from scipy.stats import qmc
@@ -32,6 +33,7 @@ FRESH_SEEDS = tuple(range(200, 208))
 """Seeds that neither the grid nor the search uses."""
 
 _WAYS = tuple(LEVELS)
+_STATED = ("device", "outer_steps", "versions", "commit")
 
 
 def configurations(base: Run, count: int) -> list[Run]:
@@ -95,6 +97,9 @@ def run_search(arguments: Sequence[str]) -> int:
     options.add_argument("--outer-steps", type=int, default=300)
     options.add_argument("--full-projections", action="store_true", help="do not use the faster form")
     add_execution(options, "search")
+    options.add_argument(
+        "--page", type=Path, help="Markdown file, artifacts beside it; operator_sensitivity_<tag>.md in --out"
+    )
     args = options.parse_args(arguments)
     if set(args.seeds) & set(args.fresh_seeds):
         raise ValueError(f"fresh seeds must be others than the search's {args.seeds}, got {args.fresh_seeds}")
@@ -108,23 +113,38 @@ def _search(args: argparse.Namespace) -> int:
     ledger = Ledger(args.out, args.tag, args.shard)
     mine = shard(runs, *args.shard) if args.shard else runs
     execute(mine, ledger, jobs=args.jobs, retry_failed=args.retry_failed, title="search")
-    everything = write_tables(ledger, args.out)
-    pictures = draw_all(everything, ledger, args.out, f"{PREFIX}_{args.tag}", only=("gain",))
+    page = args.page or args.out / f"{PREFIX}_{args.tag}.md"
+    everything = write_tables(ledger, page.parent)
+    pictures = draw_all(everything, ledger, page.parent, f"{PREFIX}_{args.tag}", only=("gain",))
     missing = {run.run_id for run in runs} - set(everything["run_id"])
     ranking = ranked(everything)
     best = None if missing else winner(ranking, args.least_depth)
-    sections = [_search_section(everything, ranking, best, len(missing), args.least_depth)]
+    sections = [
+        _search_section(everything, ranking, best, len(missing), args.least_depth),
+        [f"![{picture}]({picture})" for picture in pictures] + [""],
+    ]
     if best is not None:
         fresh = Ledger(args.out, f"{args.tag}_confirmed")
         execute(paired_runs([best], args.fresh_seeds), fresh, jobs=args.jobs, title="confirmation")
-        sections.append(combine(fresh, args.out)[0])
-        with atomic_file(args.out / f"{PREFIX}_{args.tag}_regime.yaml") as file:
+        sections.append(combine(fresh, page.parent)[0])
+        with atomic_file(page.parent / f"{PREFIX}_{args.tag}_regime.yaml") as file:
             file.write(overlay(best).encode())
-    sections.append([f"![{picture}]({picture})" for picture in pictures])
-    page = args.out / f"{PREFIX}_{args.tag}.md"
-    write_page(sections, page)
+    write_page(sections, page, [*_command(everything, args), ""])
     print(f"written: {page}" + (f"; {len(missing)} runs are missing" if missing else ""))
     return 0
+
+
+def _command(everything: pd.DataFrame, args: argparse.Namespace) -> list[str]:
+    """The command of the search as the rows tell it, and what did the runs."""
+    seeds = " ".join(str(seed) for seed in sorted(everything["seed"].unique()))
+    found = {name: ", ".join(sorted(everything[name].astype(str).unique())) for name in _STATED}
+    return [
+        f"Command: `python -m experiments.operator_sensitivity search --device {found['device']}"
+        f" --tag {args.tag}"
+        f" --configurations {args.configurations} --seeds {seeds} --outer-steps {found['outer_steps']}`  ",
+        f"{len(everything)} runs, {(everything['status'] == 'OK').sum()} succeeded; versions"
+        f" {found['versions']}, commit {found['commit']}.",
+    ]
 
 
 def overlay(run: Run) -> str:

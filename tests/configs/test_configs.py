@@ -51,7 +51,7 @@ SMALLER = {
         "data.init_args.num_workers": 0,
     }
 }
-OVERLAYS = sorted(CONFIGS.glob("trainer/*.yaml"))
+OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 # What holds other keys and needs no explanation of its own.
 STRUCTURE = {"model", "data", "trainer", "class_path", "init_args", "logger", "callbacks"}
 

@@ -75,6 +75,7 @@ class MemoryLM(LightningModule):
         slots: persistent vectors a memory head.
         taps: tokens that the memory's short convolution sees.
         mlp_hidden: hidden width of the MLPs; null for 8/3 of the width.
+        dropout: share of what blocks add to the residual stream that training drops.
         chunk_size: tokens that the memory computes together.
         kernel: of the memory, auto, tensor or fla.
         backend: of attention, see ``theria.attention``.
@@ -102,6 +103,7 @@ class MemoryLM(LightningModule):
         slots: int = 64,
         taps: int = 4,
         mlp_hidden: int | None = None,
+        dropout: float = 0.0,
         chunk_size: int = 64,
         kernel: str = "auto",
         backend: str = "auto",
@@ -141,6 +143,7 @@ class MemoryLM(LightningModule):
             slots=slots,
             taps=taps,
             mlp_hidden=mlp_hidden,
+            dropout=dropout,
             chunk_size=chunk_size,
             kernel=kernel,
             backend=backend,

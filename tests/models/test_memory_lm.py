@@ -228,6 +228,19 @@ def test_a_start_that_is_no_blow_up():
     assert norm < 100
 
 
+def test_training_drops_what_blocks_add_and_nothing_else_does():
+    plain, dropping = model(), model(dropout=0.5)
+    x = tokens()
+    assert torch.equal(dropping.eval()(x).logits, plain(x).logits)
+    torch.manual_seed(1)
+    first, second = (dropping.train()(x).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    # with everything dropped the logits are those of the tokens' own embeddings
+    whole = model(dropout=1.0)
+    own = whole.embedding(x) * whole.embedding.embedding_dim**0.5
+    torch.testing.assert_close(whole(x).logits, F.linear(whole.norm(own), whole.embedding.weight))
+
+
 def test_embeddings_are_tied_and_a_checkpoint_restores_all():
     lm, other = model(), model(noise=1.0)
     file = io.BytesIO()

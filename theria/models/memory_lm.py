@@ -46,18 +46,26 @@ class MemoryLMOutput(NamedTuple):
 class AtlasMAGBlock(nn.Module):
     """Memory as a gate: attention a and memory m of the same normed tokens, mixed per token and head.
 
-        x <- x + W_out((1 - g) a + g m),    x <- x + MLP(RMSNorm(x))
+        x <- x + D(W_out((1 - g) a + g m)),    x <- x + D(MLP(RMSNorm(x)))
 
     a is what the attention heads read before their output projection W_out; m is divided among the same
-    heads. Without a memory g is 0.
+    heads. Without a memory g is 0. D is dropout in training.
 
     Args:
         attention: of the block's width.
         memory: of the same width; None for a block of attention alone.
         mlp_hidden: hidden width of the gated MLP.
+        dropout: share of what is added to the residual stream that training drops.
     """
 
-    def __init__(self, attention: WindowAttention, memory: MemoryBranch | None, *, mlp_hidden: int) -> None:
+    def __init__(
+        self,
+        attention: WindowAttention,
+        memory: MemoryBranch | None,
+        *,
+        mlp_hidden: int,
+        dropout: float | int = 0.0,
+    ) -> None:
         super().__init__()
         width = attention.heads * attention.head_dim
         self.norm = nn.RMSNorm(width)
@@ -67,6 +75,7 @@ class AtlasMAGBlock(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = GatedMLP(width, mlp_hidden)
+        self.dropout = nn.Dropout(dropout)
 
     @torch.no_grad()
     def start(self, *, added_variance: float) -> None:
@@ -106,8 +115,8 @@ class AtlasMAGBlock(nn.Module):
             gate = self.gate(normed)
             share = gate.unsqueeze(-1).to(mixed.dtype)
             mixed = (1 - share) * mixed + share * said.unflatten(-1, mixed.shape[-2:])
-        x = x + self.o_proj(mixed.flatten(2))
-        x = x + self.mlp(self.mlp_norm(x))
+        x = x + self.dropout(self.o_proj(mixed.flatten(2)))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x, gate, BlockState(attention_state, memory_state)
 
 
@@ -129,6 +138,7 @@ class MemoryLM(nn.Module):
         slots: persistent vectors a memory head.
         taps: tokens the memory's convolution sees.
         mlp_hidden: hidden width of the MLPs; 8/3 of the width, rounded up to a multiple of 8, by default.
+        dropout: share of what blocks add to the residual stream that training drops.
         chunk_size, kernel: of the accumulators.
         backend: of attention.
 
@@ -153,6 +163,7 @@ class MemoryLM(nn.Module):
         slots: int = 64,
         taps: int = 4,
         mlp_hidden: int | None = None,
+        dropout: float | int = 0.0,
         chunk_size: int = 64,
         kernel: str = "auto",
         backend: str = "auto",
@@ -186,7 +197,7 @@ class MemoryLM(nn.Module):
                     chunk_size=chunk_size,
                     kernel=kernel,
                 )
-            block = AtlasMAGBlock(attention, memory, mlp_hidden=hidden)
+            block = AtlasMAGBlock(attention, memory, mlp_hidden=hidden, dropout=dropout)
             block.start(added_variance=1 / (2 * blocks))
             built.append(block)
         self.blocks = nn.ModuleList(built)

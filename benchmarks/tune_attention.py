@@ -10,11 +10,9 @@ candidates, and the three fastest of each kernel with their times.
 
 import argparse
 import concurrent.futures
-import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from itertools import product
 
@@ -22,6 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.isolated import Isolated
+from benchmarks.isolated import processes as make_processes
 from benchmarks.measure import cuda_milliseconds
 from theria.attention.custom import CustomOperators
 from theria.attention.kernels.tiles import TUNED, Tiles, generation
@@ -114,7 +114,7 @@ def tune(
     """By kernel, the milliseconds of each candidate that fits, the fastest first."""
     chosen = dict(TUNED.get((generation(torch.device("cuda")), arithmetic, width), {}))
     choices = {kernel: candidates(kernel, arithmetic, width) for kernel in kernels}
-    with _processes(processes) as pool:
+    with make_processes(processes) as pool:
         # small sizes, for the compiler's sake: what it makes lies in Triton's cache on disk afterwards
         jobs = [
             pool.submit(milliseconds, {**chosen, k: t}, k, arithmetic, width, **SMALL)
@@ -123,7 +123,7 @@ def tune(
         ]
         concurrent.futures.wait(jobs)
     found: dict[str, dict[Tiles, float]] = {}
-    isolated = _Isolated()
+    isolated = Isolated()
     for kernel in kernels:
         size = {"length": length, "heads": heads, "repeats": 5}
         times = {}
@@ -135,26 +135,6 @@ def tune(
         found[kernel] = dict(sorted(fitting.items(), key=lambda item: item[1]))
         chosen[kernel] = next(iter(found[kernel]))
     return found
-
-
-class _Isolated:
-    """Runs a function in a process of its own, which is replaced when a launch has faulted in it."""
-
-    def __init__(self) -> None:
-        self._pool = _processes(1)
-
-    def __call__(self, job: Callable[[], float]) -> float:
-        try:
-            return self._pool.submit(job).result()
-        except (RuntimeError, BrokenExecutor) as error:
-            print(f"# fault: {job}: {str(error).splitlines()[0]}", flush=True)
-            self._pool.shutdown()
-            self._pool = _processes(1)
-            return float("inf")
-
-
-def _processes(count: int | None) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def report(device: str, arithmetic: str, width: int, found: dict[str, dict[Tiles, float]]) -> list[str]:

@@ -20,7 +20,7 @@ from theria.attention import custom, scaled_dot_product_attention, triton_fused
 from theria.attention.autograd import differentiable_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
-from theria.attention.kernels import assembler, support, tiles
+from theria.attention.kernels import assembler, compilation, support, tiles
 from theria.attention.kernels.common import thirds
 from theria.attention.operators import AttentionOperators, Band, Gradients
 from theria.attention.registry import select_backend
@@ -576,11 +576,10 @@ def test_a_compilation_that_fails_leaves_the_compiler_as_it_was(monkeypatch):
         def warmup(self, *_, **__):
             raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(triton_fused, "_KERNELS", {"vjp_rows": Broken(), "vjp_columns": Broken()})
-    jobs = {name: ((1,), (), {}) for name in ("vjp_rows", "vjp_columns")}
+    jobs = {name: compilation.Job(Broken(), (1,), (), {}) for name in ("vjp_rows", "vjp_columns")}
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no compiler"):
-            triton_fused._compile_together(jobs, torch.zeros(1))
+            compilation.compile_together(jobs, torch.device("cpu"))
 
 
 def test_values_that_are_equal_pass_through_rounded_weights():

@@ -4,11 +4,8 @@ On CUDA devices, and on the CPU under Triton's interpreter (TRITON_INTERPRET=1 b
 No launch adds to memory that another program writes, so two equal calls give equal bits.
 """
 
-import contextvars
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +13,9 @@ import triton
 from torch import Tensor
 
 from theria.attention.call import AttentionCall
-from theria.attention.kernels import assembler, support
+from theria.attention.kernels import support
 from theria.attention.kernels.common import Operand, Vector
+from theria.attention.kernels.compilation import Job, Jobs, MakeJobs, compiled, on_device
 from theria.attention.kernels.forward import forward_rows
 from theria.attention.kernels.hvp import hvp_columns, hvp_rows
 from theria.attention.kernels.jvp import jvp_rows
@@ -39,10 +37,8 @@ _KERNELS = {
 launches: Counter[str] = Counter()
 """How often each kernel has been launched in this process; ``launches.clear()`` starts over."""
 
-Jobs = dict[str, tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]
-"""By kernel: grid, arguments and constants."""
-
-_compiled: set[tuple[Any, ...]] = set()
+Operands = Mapping[str, Sequence[Tensor | None]]
+"""By kernel: the tensors that it reads and writes."""
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -79,15 +75,12 @@ class TritonOperators:
         qkv = query, key, value
         support.check(qkv)
         out, lse = _empty(query, value.shape[-1], torch.float32), _empty_rows(query)
-
-        def following() -> dict[str, tuple[Tensor, ...]]:
-            cotangent = out.new_empty(out.shape, dtype=query.dtype, device="meta")
-            grads = [t.new_empty(t.shape, device="meta") for t in qkv]
-            return _vjp_operands(*qkv, out, lse, cotangent, grads, [lse, lse])
-
-        trained = any(t.requires_grad for t in qkv)
         operands = {"forward_rows": (*qkv, out, lse)}
-        self._launch(query, value, band, operands, following if trained else None)
+        if any(t.requires_grad for t in qkv):
+            first, second = _derivatives(query, key, value, out, lse)
+            self._launch(query, value, band, operands, following=first, later=second)
+        else:
+            self._launch(query, value, band, operands)
         return out, lse
 
     def vjp(
@@ -135,13 +128,8 @@ class TritonOperators:
         qkv = query, key, value
         support.check((*qkv, cotangent, *cotangents), saved=(out, lse))
         curvature = Curvature(*(_empty(t, t.shape[-1]) for t in (*qkv, cotangent)))
-        constants = tuple(_empty_rows(query) for _ in range(4))
-        given = (*qkv, lse, cotangent, *cotangents, *constants)
-        operands = {
-            "jvp_rows": (*qkv, out, lse, *cotangents, curvature.out_cotangent, cotangent, *constants),
-            "hvp_rows": (*given, curvature.query),
-            "hvp_columns": (*given, curvature.key, curvature.value),
-        }
+        constants = [_empty_rows(query) for _ in range(4)]
+        operands = _hvp_operands(*qkv, out, lse, cotangent, cotangents, curvature, constants)
         self._launch(query, value, band, operands)
         return curvature
 
@@ -150,35 +138,38 @@ class TritonOperators:
         query: Tensor,
         value: Tensor,
         band: Band,
-        operands: Mapping[str, Sequence[Tensor | None]],
-        following: Callable[[], Mapping[str, Sequence[Tensor | None]]] | None = None,
+        operands: Operands,
+        following: Callable[[], Operands] | None = None,
+        later: Callable[[], Operands] | None = None,
     ) -> None:
-        """Run the named kernels on their operands, one after the other.
-
-        The kernels of ``following`` will be needed next: they compile along when these compile.
-        """
+        """Run the named kernels on their operands, one after the other; compile others, see ``compiled``."""
         jobs = self._jobs(query, value, band, operands)
-        with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        with on_device(query.device):
             if query.is_cuda and jobs:
-                met = (query.dtype, query.device, following is None, *_specialisations(jobs))
-                if met not in _compiled:
-                    assembler.install(query.device)
-                    ahead = {} if following is None else self._jobs(query, value, band, following())
-                    _compile_together({**jobs, **ahead}, query)
-                    _compiled.add(met)
-            for name, (grid, arguments, constants) in jobs.items():
+                compiled(
+                    jobs,
+                    query.dtype,
+                    query.device,
+                    following=self._maker(query, value, band, following),
+                    later=self._maker(query, value, band, later),
+                )
+            for name, job in jobs.items():
                 launches[name] += 1
-                _KERNELS[name][grid](*arguments, **constants)
+                job.kernel[job.grid](*job.arguments, **job.constants)
 
-    def _jobs(
-        self, query: Tensor, value: Tensor, band: Band, operands: Mapping[str, Sequence[Tensor | None]]
-    ) -> Jobs:
-        """Grid, arguments and constants of the named kernels, without those that have nothing to do."""
+    def _maker(
+        self, query: Tensor, value: Tensor, band: Band, operands: Callable[[], Operands] | None
+    ) -> MakeJobs | None:
+        return None if operands is None else lambda: self._jobs(query, value, band, operands())
+
+    def _jobs(self, query: Tensor, value: Tensor, band: Band, operands: Operands) -> Jobs:
+        """Launches of the named kernels, without those that have nothing to do."""
         jobs = {}
         for name, tensors in operands.items():
             programs, constants = self._grid(name, query, value, band)
             if programs > 0:
-                jobs[name] = (programs,), (*_arguments(tensors), *_sizes(name, query, value, band)), constants
+                arguments = (*_arguments(tensors), *_sizes(name, query, value, band))
+                jobs[name] = Job(_KERNELS[name], (programs,), arguments, constants)
         return jobs
 
     def _grid(self, name: str, query: Tensor, value: Tensor, band: Band) -> tuple[int, dict[str, Any]]:
@@ -244,33 +235,47 @@ def _vjp_operands(
     }
 
 
-def _specialisations(jobs: Jobs) -> Iterator[tuple[Any, ...]]:
-    """What kernels are compiled for, but for how strides are aligned, which is left to the launch."""
-    return ((name, *constants.values()) for name, (_, _, constants) in jobs.items())
+def _hvp_operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cotangent: Tensor,
+    cotangents: Sequence[Tensor],
+    curvature: Curvature,
+    constants: Sequence[Tensor],
+) -> dict[str, tuple[Tensor, ...]]:
+    """What the kernels of ``hvp`` read and write."""
+    qkv = query, key, value
+    given = (*qkv, lse, cotangent, *cotangents, *constants)
+    return {
+        "jvp_rows": (*qkv, out, lse, *cotangents, curvature.out_cotangent, cotangent, *constants),
+        "hvp_rows": (*given, curvature.query),
+        "hvp_columns": (*given, curvature.key, curvature.value),
+    }
 
 
-def _compile_together(jobs: Jobs, query: Tensor) -> None:
-    """Compile and load kernels at the same time: each takes seconds."""
+def _derivatives(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Callable[[], Operands], Callable[[], Operands]]:
+    """Operands of ``vjp`` and of ``hvp`` that have shapes alone, to compile for."""
+    qkv = query, key, value
 
-    def warm_up() -> list[Any]:
-        return [
-            _KERNELS[name].warmup(*arguments, grid=grid, **constants)
-            for name, (grid, arguments, constants) in jobs.items()
-        ]
+    def alike(*tensors: Tensor) -> list[Tensor]:
+        return [t.new_empty(t.shape, device="meta") for t in tensors]
 
-    def load(kernel: Any) -> None:
-        with torch.cuda.device(query.device):
-            kernel.run  # noqa: B018 - the property loads it
+    def cotangent() -> Tensor:
+        return out.new_empty(out.shape, dtype=query.dtype, device="meta")
 
-    with ThreadPoolExecutor(len(jobs)) as threads:
+    def first() -> Operands:
+        return _vjp_operands(*qkv, out, lse, cotangent(), alike(*qkv), [lse] * 2)
 
-        def compile_in_threads() -> None:
-            with triton.AsyncCompileMode(threads):
-                warm_up()
+    def second() -> Operands:
+        curvature = Curvature(*alike(*qkv, cotangent()))
+        return _hvp_operands(*qkv, out, lse, cotangent(), alike(*qkv), curvature, [lse] * 4)
 
-        # the mode outlives an error in its context, where every later compilation would meet it
-        contextvars.copy_context().run(compile_in_threads)
-        list(threads.map(load, warm_up()))
+    return first, second
 
 
 def _empty(like: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -72,14 +72,16 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
-def peers(case: Case, work: str) -> dict[str, tuple[Attention, Callable[[], AbstractContextManager[object]]]]:
-    """Who can do the work on the case, and the context each needs."""
+def peers(
+    case: Case, work: str, precisions: Sequence[str]
+) -> dict[str, tuple[Attention, Callable[[], AbstractContextManager[object]]]]:
+    """Who can do the work on the case, and the context each needs; of theria in these precisions beside ieee."""
     native: Attention = partial(torch_attention, is_causal=case.causal)
     found: dict[str, tuple[Attention, Callable[[], AbstractContextManager[object]]]] = {
         "triton_fused": (theirs(case, "triton_fused"), nullcontext)
     }
     if case.dtype is torch.float32 and case.causal:
-        for precision in ("bf16x6", "tf32x3", "fma"):
+        for precision in precisions:
             backend = backend_over(TritonOperators(precision))
             attend = partial(
                 backend,
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 65536])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--precisions", nargs="*", default=["bf16x6", "tf32x3", "fma"], help="beside ieee")
     parser.add_argument("--seconds", type=float, default=0.1, help="time spent on each row")
     parser.add_argument("--out", type=Path, help="Markdown file to write; the picture goes beside it")
     args = parser.parse_args()
@@ -208,7 +211,7 @@ def main() -> None:
         planned = cases(args.lengths, args.dims, dtypes)
         for done, case in enumerate(planned, start=1):
             for work in (BOTH, SECOND, FIRST):
-                for name, (attention, context) in peers(case, work).items():
+                for name, (attention, context) in peers(case, work, args.precisions).items():
                     with context():
                         found = measure(attention, case, work, seconds=args.seconds)
                     results[case, work, name] = found

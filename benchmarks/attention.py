@@ -75,7 +75,7 @@ def deterministic() -> Iterator[None]:
 def peers(
     case: Case, work: str, precisions: Sequence[str]
 ) -> dict[str, tuple[Attention, Callable[[], AbstractContextManager[object]]]]:
-    """Who can do the work on the case, and the context each needs; of theria in these precisions beside ieee."""
+    """Who can do the work, and in which context; theria in float32 in these precisions beside ieee."""
     native: Attention = partial(torch_attention, is_causal=case.causal)
     found: dict[str, tuple[Attention, Callable[[], AbstractContextManager[object]]]] = {
         "triton_fused": (theirs(case, "triton_fused"), nullcontext)

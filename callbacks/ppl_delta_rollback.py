@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,6 +31,20 @@ class UnhealthyTrainingError(RuntimeError):
     def __init__(self, message: str, checkpoint: Path | None) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint
+
+
+class Rollback(NamedTuple):
+    """What was taken back.
+
+    Attributes:
+        fault: that was found.
+        step: at which training stood when it was acted upon.
+        target: step of the checkpoint that training went back to.
+    """
+
+    fault: Fault
+    step: int
+    target: int
 
 
 class PPLDeltaRollback(Callback):
@@ -73,6 +87,10 @@ class PPLDeltaRollback(Callback):
         max_rollbacks: of a run, resumes included.
         at_cap: stop raises UnhealthyTrainingError after as many; warn goes on without.
         dirpath: where checkpoints go; null is the directory `checkpoints` in the run directory.
+
+    Attributes:
+        rollbacks: number of rollbacks of the run so far.
+        history: those of this process.
 
     Raises:
         TypeError, ValueError: a value is impossible; the message names it.
@@ -126,6 +144,7 @@ class PPLDeltaRollback(Callback):
         self.at_cap = at_cap
         self.dirpath = dirpath
         self.rollbacks = 0
+        self.history: list[Rollback] = []
         baseline = PerplexityBaseline(baseline_steps, warm_up, threshold, z_limit)
         self._health = TrainingHealth(baseline, trigger, patience)
         self._ring = RollbackRing(ring_size, healthy_after)
@@ -188,7 +207,7 @@ class PPLDeltaRollback(Callback):
         self._lower_rates.attach(trainer.optimizers)
         self._lower_rates.active = trainer.global_step < self._health.cool_until
         self._gradient, self._first_batch, self._step = None, None, trainer.global_step
-        loop_state.call_between_batches(trainer, functools.partial(self._between_batches, trainer))
+        loop_state.call_between_batches(trainer, functools.partial(self.between_batches, trainer))
         if not self._ring.steps and trainer.global_step == 0:
             self._save(trainer, trusted=True)
 
@@ -255,7 +274,7 @@ class PPLDeltaRollback(Callback):
         """Let go of the optimisers."""
         self._release(trainer)
 
-    def _between_batches(self, trainer: Trainer) -> None:
+    def between_batches(self, trainer: Trainer) -> None:
         """Act on what is known now that the batch, its validation and its logging are done."""
         if loop_state.is_last_batch_of_training(trainer):
             self._observe(self._readings.all())
@@ -290,6 +309,7 @@ class PPLDeltaRollback(Callback):
             self._health.start_again(self._step + self.cool_down)
             return
         self.rollbacks += 1
+        self.history.append(Rollback(fault, self._step, target))
         _log(
             trainer,
             {

@@ -1,0 +1,1 @@
+"""Whether training heals itself: false alarms of healthy runs, injected faults, and what watching costs."""

@@ -6,10 +6,11 @@ from callbacks.curvature_probe import CurvatureProbe
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
 from callbacks.optimizer_values import ConfiguredOptimizerValues
-from callbacks.ppl_delta_rollback import PPLDeltaRollback, UnhealthyTrainingError
+from callbacks.ppl_delta_rollback import PPLDeltaRollback
 from callbacks.progress import StepProgressBar
 from callbacks.resumable_checkpoint import ResumableCheckpoint
 from callbacks.rng_state import RNGState
+from callbacks.unhealthy_training import UnhealthyTrainingError
 
 __all__ = [
     "AttentionGradLogger",

@@ -7,12 +7,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.metrics_file import MetricsFile
 
 Rows = list[dict[str, float]]
+
+_IN_LINE = ("loss", "lm_loss", "perplexity", "ppl_delta", "gate_mean", "learning_rate", "rollback_count")
+"""What a line of the log tells of a step, where its record has it."""
 
 
 @runtime_checkable
@@ -55,19 +58,31 @@ class MetricsJSONL(Callback):
 
     The timestamp of a record is the host's time at the end of its batch.
 
+    Of every ``line_every_n_steps`` steps one is told in a line of the program's log as well, when it is
+    written.
+
     Args:
         filename: name of the file in the run's directory.
         flush_every: steps in a block of a module that has no ``step_metrics``.
+        line_every_n_steps: steps between two lines of the log; 0 writes none.
 
     Raises:
-        ValueError: ``flush_every`` is not a positive integer, or the trainer has no directory to log to.
+        ValueError: ``flush_every`` is not a positive integer, ``line_every_n_steps`` none from 0 on, or the
+            trainer has no directory to log to.
     """
 
-    def __init__(self, filename: str = "metrics.jsonl", flush_every: int = 100) -> None:
-        if isinstance(flush_every, bool) or not isinstance(flush_every, int) or flush_every < 1:
-            raise ValueError(f"flush_every must be a positive integer, got {flush_every!r}")
+    def __init__(
+        self, filename: str = "metrics.jsonl", flush_every: int = 100, line_every_n_steps: int = 100
+    ) -> None:
+        for name, value, least in (
+            ("flush_every", flush_every, 1),
+            ("line_every_n_steps", line_every_n_steps, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
         self.filename = filename
         self.flush_every = flush_every
+        self.line_every_n_steps = line_every_n_steps
         self._path: Path | None = None
         self._file: MetricsFile | None = None
         self._trainer: Trainer | None = None
@@ -221,6 +236,9 @@ class MetricsJSONL(Callback):
             for source in self._sources:
                 row.update({k: v for k, v in source.step_fields(int(row["step"])).items() if k not in row})
         self._file.append("train", [(self._ended_at.pop(int(row["step"]), now), row) for row in rows])
+        for row in rows:
+            if self.line_every_n_steps and int(row["step"]) % self.line_every_n_steps == 0:
+                rank_zero_info(_line(row))
 
     def _release(self) -> None:
         if self._buffer is not None:
@@ -230,6 +248,11 @@ class MetricsJSONL(Callback):
         self._trainer = self._buffer = self._file = None
         self._logged, self._received, self._before, self._sources = [], [], {}, []
         self._ended_at.clear()
+
+
+def _line(row: Mapping[str, float]) -> str:
+    values = (f"{name} {row[name]:.4g}" for name in _IN_LINE if name in row)
+    return f"step {int(row['step'])}: " + ", ".join(values)
 
 
 def _scalars(trainer: Trainer) -> dict[str, Tensor]:

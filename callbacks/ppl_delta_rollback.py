@@ -1,50 +1,31 @@
 """Takes training back to a healthy checkpoint when its perplexity jumps or a number is not finite."""
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from callbacks import loop_state
 from callbacks.cool_down import CoolDown
 from callbacks.intervals import checked_interval
+from callbacks.judged_steps import JudgedSteps, log_between_batches
 from callbacks.metrics_jsonl import MetricsJSONL
-from callbacks.perplexity_baseline import Judgement, PerplexityBaseline
-from callbacks.refused_update import UpdateGuard, largest_gradient
+from callbacks.perplexity_baseline import PerplexityBaseline
 from callbacks.resumable_checkpoint import ResumableCheckpoint
+from callbacks.rollback_checkpoints import RollbackCheckpoints
 from callbacks.rollback_ring import RollbackRing
 from callbacks.running_restore import SkippableLoader, add_running_state, restore_running
-from callbacks.step_loss import StepLoss
-from callbacks.step_readings import Reading, StepReadings
+from callbacks.step_readings import Reading
+from callbacks.step_watch import StepWatch
 from callbacks.training_health import TRIGGERS, Fault, TrainingHealth, Trigger
-
-
-class UnhealthyTrainingError(RuntimeError):
-    """Training broke and is not taken back any more; ``checkpoint`` is the last healthy one, or None."""
-
-    def __init__(self, message: str, checkpoint: Path | None) -> None:
-        super().__init__(message)
-        self.checkpoint = checkpoint
-
-
-class Rollback(NamedTuple):
-    """What was taken back.
-
-    Attributes:
-        fault: that was found.
-        step: at which training stood when it was acted upon.
-        target: step of the checkpoint that training went back to.
-    """
-
-    fault: Fault
-    step: int
-    target: int
+from callbacks.unhealthy_training import Rollback, UnhealthyTrainingError
+from callbacks.value_checks import check_at_least, check_positive
 
 
 class PPLDeltaRollback(Callback):
@@ -62,9 +43,9 @@ class PPLDeltaRollback(Callback):
     ``healthy_after`` good steps have followed it, and a rollback drops all later ones, those of
     ``ResumableCheckpoint`` too. That of step 0 is a target from the start. All of it survives a kill.
 
-    Adds to the records of ``MetricsJSONL``, which stands after it: perplexity, ppl_delta, is_spike (1 above
-    the threshold), rollback_count. On the steps the trainer logs, loggers get ``rollback/ppl_delta``,
-    ``rollback/z_score`` and ``rollback/count``, and at a rollback the step it is from and to.
+    Adds perplexity, ppl_delta, is_spike (1 above the threshold) and rollback_count to the records of
+    ``MetricsJSONL``, which stands after it. Loggers get ``rollback/ppl_delta``, ``rollback/z_score`` and
+    ``rollback/count``, and at a rollback the step it is from and to.
 
     On CUDA nothing waits for the device at any step: numbers are read, and acted upon, one step later. With
     several ranks the mean of their losses decides for all.
@@ -122,21 +103,17 @@ class PPLDeltaRollback(Callback):
             raise ValueError(
                 f"trigger must be one of {TRIGGERS} and at_cap stop or warn: {trigger}, {at_cap}"
             )
-        for name, value, least in (
-            ("baseline_steps", baseline_steps, 2),
-            ("warm_up", warm_up, 1),
-            ("patience", patience, 1),
-            ("ring_size", ring_size, 1),
-            ("healthy_after", healthy_after, 1),
-            ("skip_window", skip_window, 0),
-            ("cool_down", cool_down, 0),
-            ("max_rollbacks", max_rollbacks, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, number in (("threshold", threshold), ("z_limit", z_limit), ("lr_factor", lr_factor)):
-            if not number > 0:
-                raise ValueError(f"{name} must be positive, got {number}")
+        check_at_least(
+            baseline_steps=(baseline_steps, 2),
+            warm_up=(warm_up, 1),
+            patience=(patience, 1),
+            ring_size=(ring_size, 1),
+            healthy_after=(healthy_after, 1),
+            skip_window=(skip_window, 0),
+            cool_down=(cool_down, 0),
+            max_rollbacks=(max_rollbacks, 0),
+        )
+        check_positive({"threshold": threshold, "z_limit": z_limit, "lr_factor": lr_factor})
         self.every_n_steps = checked_interval(every_n_steps)
         self.skip_window = skip_window
         self.cool_down = cool_down
@@ -148,22 +125,15 @@ class PPLDeltaRollback(Callback):
         baseline = PerplexityBaseline(baseline_steps, warm_up, threshold, z_limit)
         self._health = TrainingHealth(baseline, trigger, patience)
         self._ring = RollbackRing(ring_size, healthy_after)
-        self._loss = StepLoss(monitor)
-        self._readings = StepReadings(0)
+        self._checkpoints = RollbackCheckpoints(self._ring)
+        self._watch = StepWatch(monitor)
         self._lower_rates = CoolDown(lr_factor)
-        self._guards: dict[Optimizer, UpdateGuard] = {}
-        self._fields: dict[int, dict[str, float]] = {}
-        self._judged: tuple[int, Judgement] | None = None
-        self._gradient: Tensor | None = None
-        self._first_batch: int | None = None
-        self._step = 0
-        self._writing = False
-        self._keeps_fields = False
+        self._judged = JudgedSteps()
         self._loader: SkippableLoader
 
     def state_dict(self) -> dict[str, Any]:
         """Baseline, what was bad so far, the ring, and the number of rollbacks."""
-        self._observe(self._readings.all())
+        self._observe(self._watch.readings.all())
         return {
             "health": self._health.state_dict(),
             "ring": self._ring.state_dict(),
@@ -179,7 +149,7 @@ class PPLDeltaRollback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the directory; every rank asks, since the trainer shares the answer."""
         directory = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        self._directory = Path(directory)
+        self._checkpoints.directory = Path(directory)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its body
         recorders = [callback for callback in callbacks if isinstance(callback, MetricsJSONL)]
         if any(callbacks.index(recorder) < callbacks.index(self) for recorder in recorders):
@@ -187,7 +157,7 @@ class PPLDeltaRollback(Callback):
                 f"{type(self).__name__} has to stand before MetricsJSONL in trainer.callbacks, or its "
                 "numbers would come too late for the records"
             )
-        self._keeps_fields = bool(recorders) and trainer.is_global_zero
+        self._judged.keeps_fields = bool(recorders) and trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the ring, or begin it where nothing is trained yet."""
@@ -200,70 +170,46 @@ class PPLDeltaRollback(Callback):
                 f"datamodules.loader.ResumableLoader; {type(loader).__name__} cannot"
             )
         self._loader = loader
-        there = [step for step in self._ring.steps if self._path(step).is_file()]
-        self._ring.keep_only(trainer.strategy.broadcast(there))
-        self._readings = StepReadings(lag=_lag_on(pl_module.device))
-        self._guards = {optimizer: UpdateGuard(optimizer) for optimizer in trainer.optimizers}
+        self._checkpoints.forget_missing(trainer)
+        self._watch.attach(trainer, _lag_on(pl_module.device))
         self._lower_rates.attach(trainer.optimizers)
         self._lower_rates.active = trainer.global_step < self._health.cool_until
-        self._gradient, self._first_batch, self._step = None, None, trainer.global_step
         loop_state.call_between_batches(trainer, functools.partial(self.between_batches, trainer))
         if not self._ring.steps and trainer.global_step == 0:
-            self._save(trainer, trusted=True)
+            self._checkpoints.save(trainer, 0, trusted=True)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note which batch it is."""
-        if not self._guards:
-            return
-        self._loss.begin_batch(trainer)
-        if self._first_batch is None:
-            self._first_batch = self._loader.last_batch
+        if self._watch.is_attached:
+            self._watch.begin_batch(trainer, self._loader)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Refuse a gradient that is not finite."""
-        if not self._guards or getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return
-        largest = largest_gradient(optimizer)
-        if largest is None:
-            return
-        self._guards[optimizer].refuse_if(~torch.isfinite(largest))
-        so_far = self._gradient
-        self._gradient = largest if so_far is None else torch.maximum(so_far, largest)
+        if self._watch.is_attached:
+            self._watch.before_optimizer_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Queue the numbers of a step that has ended."""
-        if not self._guards:
-            return
-        self._loss.add_batch(trainer, pl_module, outputs)
-        if trainer.global_step == self._step:
-            return  # the batches of a step are being accumulated
-        self._step = trainer.global_step
-        loss, gradient = self._loss.take_step(), self._gradient
-        values = torch.stack([loss, torch.zeros_like(loss) if gradient is None else gradient.to(loss)])
-        if trainer.world_size > 1:
-            distributed.all_reduce(values)
-            values /= trainer.world_size
-        self._readings.put(self._step, self._first_batch or 0, values)
-        self._gradient, self._first_batch = None, None
-        self._observe(self._readings.due())
+        """Judge what is known of the steps that have ended."""
+        if self._watch.is_attached and self._watch.end_batch(trainer, pl_module, outputs):
+            self._observe(self._watch.readings.due())
 
     def step_fields(self, step: int) -> dict[str, float]:
         """The numbers of a step for its record; they are read now if they have not been yet."""
-        if step not in self._fields:
-            self._observe(self._readings.all())
-        return self._fields.pop(step, {})
+        if step not in self._judged:
+            self._observe(self._watch.readings.all())
+        return self._judged.take(step)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Make the ring's own checkpoints such that running training can be set back to them."""
-        if self._writing:
+        if self._checkpoints.is_writing:
             add_running_state(trainer, self._loader, checkpoint)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,47 +223,30 @@ class PPLDeltaRollback(Callback):
     def between_batches(self, trainer: Trainer) -> None:
         """Act on what is known now that the batch, its validation and its logging are done."""
         if loop_state.is_last_batch_of_training(trainer):
-            self._observe(self._readings.all())
-        self._log_judgement(trainer)
+            self._observe(self._watch.readings.all())
+        self._judged.log(trainer, self.rollbacks)
         if self._health.fault is not None:
             self._act_on(trainer, self._health.fault)
-        elif self._step % self.every_n_steps == 0 and self._step > max(self._ring.steps, default=0):
-            self._save(trainer)
+        elif (step := self._watch.step) % self.every_n_steps == 0 and step > max(self._ring.steps, default=0):
+            self._checkpoints.save(trainer, step)
         self._lower_rates.active = trainer.global_step < self._health.cool_until
 
-    def _observe(self, readings: Any) -> None:
-        for reading in readings:
-            self._observe_one(reading)
-
-    def _observe_one(self, reading: Reading) -> None:
-        loss, gradient = reading.values
-        judged, good = self._health.observe(reading.step, reading.batch, loss, gradient)
-        self._ring.observe(reading.step, good=good)
-        self._judged = (reading.step, judged)
-        if self._keeps_fields:
-            self._fields[reading.step] = {
-                "perplexity": judged.perplexity,
-                "ppl_delta": judged.ppl_delta,
-                "is_spike": float(judged.is_spike),
-                "rollback_count": float(self.rollbacks),
-            }
+    def _observe(self, readings: Iterable[Reading]) -> None:
+        for step, batch, (loss, gradient) in readings:
+            judged, good = self._health.observe(step, batch, loss, gradient)
+            self._ring.observe(step, good=good)
+            self._judged.add(step, judged, self.rollbacks)
 
     def _act_on(self, trainer: Trainer, fault: Fault) -> None:
         target = self._ring.target
         if target is None or self.rollbacks >= self.max_rollbacks:
             self._give_up(fault, target)
-            self._health.start_again(self._step + self.cool_down)
+            self._health.start_again(self._watch.step + self.cool_down)
             return
         self.rollbacks += 1
-        self.history.append(Rollback(fault, self._step, target))
-        _log(
-            trainer,
-            {
-                "rollback/count": self.rollbacks,
-                "rollback/from_step": fault.first_step,
-                "rollback/to_step": target,
-            },
-        )
+        self.history.append(Rollback(fault, self._watch.step, target))
+        values = {"count": self.rollbacks, "from_step": fault.first_step, "to_step": target}
+        log_between_batches(trainer, values)
         self._roll_back(trainer, target)
         skipped = "none is skipped"
         if self.skip_window:
@@ -333,28 +262,27 @@ class PPLDeltaRollback(Callback):
         )
 
     def _roll_back(self, trainer: Trainer, target: int) -> None:
-        checkpoint = trainer.strategy.load_checkpoint(self._path(target), weights_only=True)
+        checkpoint = trainer.strategy.load_checkpoint(self._checkpoints.path(target), weights_only=True)
         restore_running(trainer, self._loader, checkpoint, leave_out=self)
         self._health.load_state_dict(checkpoint["callbacks"][self.state_key]["health"])
         self._health.start_again(target + self.cool_down)
-        self._readings.clear()
-        self._gradient, self._first_batch, self._step = None, None, trainer.global_step
+        self._watch.set_back(trainer.global_step)
 
     def _finish_rollback(self, trainer: Trainer) -> None:
         """Leave on the disk what a resume has to go on from; the old files go last, in case of a kill."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its body
-        dropped = self._ring.drop_after(self._step)
+        dropped = self._ring.drop_after(self._watch.step)
         for callback in callbacks:
             if isinstance(callback, MetricsJSONL):
                 callback.start_attempt()
-        self._fields.clear()
+        self._judged.clear_fields()
         for callback in callbacks:
             if isinstance(callback, ResumableCheckpoint):
                 callback.set_back(trainer)
-        self._remove(trainer, dropped)
+        self._checkpoints.remove(trainer, dropped)
 
     def _give_up(self, fault: Fault, target: int | None) -> None:
-        path = None if target is None else self._path(target)
+        path = None if target is None else self._checkpoints.path(target)
         why = f"{self.rollbacks} of at most {self.max_rollbacks} rollbacks are used up"
         where = f"the last healthy checkpoint is {path}"
         if path is None:
@@ -364,41 +292,11 @@ class PPLDeltaRollback(Callback):
             raise UnhealthyTrainingError(message, path)
         rank_zero_warn(message)
 
-    def _save(self, trainer: Trainer, *, trusted: bool = False) -> None:
-        self._writing = True
-        try:
-            trainer.save_checkpoint(self._path(self._step), weights_only=False)
-        finally:
-            self._writing = False
-        self._remove(trainer, self._ring.add(self._step, trusted=trusted))
-
-    def _remove(self, trainer: Trainer, steps: list[int]) -> None:
-        if trainer.is_global_zero:
-            for step in steps:
-                trainer.strategy.remove_checkpoint(self._path(step))
-
-    def _path(self, step: int) -> Path:
-        return self._directory / f"rollback_{step:06d}.ckpt"
-
-    def _log_judgement(self, trainer: Trainer) -> None:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Trainer's class body
-        if self._judged is None or self._judged[0] % (every or 1) != 0:
-            return
-        (_, judged), self._judged = self._judged, None
-        metrics = {"ppl_delta": judged.ppl_delta, "z_score": judged.z_score, "count": self.rollbacks}
-        _log(trainer, {f"rollback/{name}": value for name, value in metrics.items()})
-
     def _release(self, trainer: Trainer) -> None:
         loop_state.call_nothing_between_batches(trainer)
         self._lower_rates.detach()
-        for guard in self._guards.values():
-            guard.release()
-        self._guards = {}
+        self._watch.release()
 
 
 def _lag_on(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
-
-
-def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
-    loop_state.log_values(trainer, metrics, loop_state.logging_step(trainer) - 1)

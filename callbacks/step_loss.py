@@ -46,6 +46,10 @@ class StepLoss:
         loss = torch.as_tensor(value, dtype=torch.float64, device=pl_module.device)
         self._losses.append(loss.detach().reshape(()))
 
+    def clear(self) -> None:
+        """Forget the batches of a step that is not taken."""
+        self._losses = []
+
     def take_step(self) -> Tensor:
         """The mean over the batches since the last step, 0-dimensional float64 on the module's device."""
         losses, self._losses = self._losses, []

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import callbacks
 import datamodules
 import lightning_modules
-from callbacks import ConfiguredOptimizerValues
+from callbacks import ConfiguredOptimizerValues, UnhealthyTrainingError
 from lightning_modules.atomic_file import atomic_file
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.cli_errors import OneLineParser, fail, is_about_settings
@@ -183,7 +183,7 @@ class TheriaCLI(LightningCLI):
             logger.bind(self.run_directory, self.restart.step if in_place and self.restart else None)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; what is wrong with the settings ends in one line, a fault in the code in its traceback."""
+        """Run; settings and training that are wrong end in one line, a fault in the code in its traceback."""
         if self.run_directory is not None:
             _say(f"Run directory: {self.run_directory}")
         if self.restart is not None:
@@ -194,6 +194,8 @@ class TheriaCLI(LightningCLI):
             if is_about_settings(error):
                 fail(str(error))
             self._say_where_all_is()
+            if isinstance(error, UnhealthyTrainingError):
+                fail(str(error), status=1)
             raise
         except SystemExit as interruption:
             self._say_where_all_is()

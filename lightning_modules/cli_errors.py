@@ -23,10 +23,10 @@ _NOISE = (
 )
 
 
-def fail(message: str) -> NoReturn:
-    """Write one line to stderr and leave with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Write one line to stderr and leave with this status, 2 for wrong input."""
     sys.stderr.write(f"theria: error: {condense(message)}\n")
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 class OneLineParser(LightningArgumentParser):

@@ -191,8 +191,14 @@ class MemoryLM(LightningModule):
         self._parts.clear()
         self._throughput.start()
 
-    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """The loss of one batch; its other figures wait on the device for the end of the step."""
+    def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
+        """Where training was set back, forget what it had done since."""
+        if self.trainer.global_step < self._finished_steps:
+            self._finished_steps = self.trainer.global_step
+            self._parts.clear()
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The losses of one batch; its other figures wait on the device for the end of the step."""
         output = self._forward(batch.tokens, segment_ids=batch.segment_ids)
         sums = batch_sums(output.logits, batch)
         loss = sums.lm_loss + self.recall_weight * sums.mean_recall_loss
@@ -223,7 +229,7 @@ class MemoryLM(LightningModule):
         values["total_loss"] = total
         self._parts.append({name: value.detach() for name, value in values.items()})
         self._throughput.count(batch.tokens)
-        return total
+        return {"loss": total, "lm_loss": values["lm_loss"].detach()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the gradient's norm before it is clipped, and the rate before the scheduler moves it."""

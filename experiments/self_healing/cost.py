@@ -86,7 +86,7 @@ def measure(name: str, device: str, blocks: int) -> Figures:
     seed_everything(0, verbose=False)
     module, data = job.make(0)
     # a checkpoint at step 0 alone
-    watched: list[Callback] = [PPLDeltaRollback(every_n_steps=_NEVER), MetricsJSONL()]
+    watched: list[Callback] = [PPLDeltaRollback(job.monitor, every_n_steps=_NEVER), MetricsJSONL()]
     watch = Stopwatch(watched)
     with tempfile.TemporaryDirectory() as directory:
         # the first block warms up, the first step of a block closes the one before

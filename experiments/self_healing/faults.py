@@ -83,13 +83,14 @@ class Injection(Callback):
         self._rates_raised_at: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand between an automatic module and its loss."""
+        """Stand between an automatic module and its losses."""
         if not pl_module.automatic_optimization:
             return
         training_step: Callable[..., Any] = pl_module.training_step
 
         def spoiled(*args: Any) -> Any:
-            return training_step(*args) * self._loss_factor
+            losses = training_step(*args)
+            return {name: loss * self._loss_factor for name, loss in losses.items()}
 
         pl_module.__dict__["training_step"] = spoiled
 

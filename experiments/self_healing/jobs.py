@@ -43,7 +43,7 @@ class Job:
         """Module and data; the seed is of the data, that of the weights is the process's."""
         settings = self._settings()
         model = settings["model"]["init_args"] | self.model
-        data = settings["data"]["init_args"] | self.data | {"seed": seed, "num_workers": 0}
+        data = settings["data"]["init_args"] | self.data | {"seed": seed}
         if settings["model"]["class_path"] == "MetaSeqClassifier":
             return MetaSeqClassifier(**_built(model)), SyntheticSeqCls(**data)
         data["domains"] = {name: Domain(**domain) for name, domain in data["domains"].items()}
@@ -57,6 +57,13 @@ class Job:
         settings = self._settings()["trainer"]
         names = ("precision", "gradient_clip_val", "inference_mode", "use_distributed_sampler")
         return {name: settings[name] for name in names if name in settings}
+
+    @property
+    def monitor(self) -> str:
+        """The loss that PPLDeltaRollback judges."""
+        callbacks = self._settings()["trainer"]["callbacks"]
+        (own,) = (each for each in callbacks if each["class_path"] == "PPLDeltaRollback")
+        return str(own["init_args"]["monitor"])
 
     def _settings(self) -> Values:
         text = (CONFIGURATIONS / self.configuration).read_text(encoding="utf-8")

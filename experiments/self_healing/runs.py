@@ -87,8 +87,10 @@ def train(run: Run) -> Figures:
     job = JOBS[run.job]
     seed_everything(run.seed, verbose=False)
     module, data = job.make(run.seed)
-    healer = PPLDeltaRollback() if run.fault == HEALTHY else PPLDeltaRollback(every_n_steps=CHECKPOINTS_EVERY)
-    losses = Losses()
+    healer = PPLDeltaRollback(job.monitor)
+    if run.fault != HEALTHY:
+        healer = PPLDeltaRollback(job.monitor, every_n_steps=CHECKPOINTS_EVERY)
+    losses = Losses(job.monitor)
     fault = [] if run.fault == HEALTHY else [Injection(FAULTS[run.fault])]
     started = time.perf_counter()
     stopped = None
@@ -140,10 +142,14 @@ def trainer_of(job: Job, device: str, steps: int, directory: str, callbacks: lis
 
 
 class Losses(Callback):
-    """What PPLDeltaRollback judges: (step, loss) of every step in the order of training."""
+    """What PPLDeltaRollback judges: (step, loss) of every step in the order of training.
 
-    def __init__(self) -> None:
-        self._loss = StepLoss("loss")
+    Args:
+        monitor: name of the loss.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self._loss = StepLoss(monitor)
         self._seen: list[tuple[int, torch.Tensor]] = []
 
     @property

@@ -384,8 +384,11 @@ def test_no_directory_is_an_error_before_training(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("flush_every", [0, -1, 2.0, True])
 def test_flush_every_is_checked(flush_every: object) -> None:
-    with pytest.raises(ValueError, match="flush_every must be a positive integer"):
+    with pytest.raises(ValueError, match="flush_every must be an integer from 1 on"):
         MetricsJSONL(flush_every=flush_every)  # type: ignore[arg-type]
+    if flush_every != 0:
+        with pytest.raises(ValueError, match="line_every_n_steps must be an integer from 0 on"):
+            MetricsJSONL(line_every_n_steps=flush_every)  # type: ignore[arg-type]
 
 
 @MODULES

@@ -453,6 +453,29 @@ def test_an_interruption_ends_with_its_status(
     assert read_metrics(RUN / "metrics.jsonl")["step"].tolist() == list(range(1, 7))
 
 
+class NotANumber(Callback):
+    """Every gradient has an entry that is no number."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            parameter.register_hook(lambda gradient: gradient * torch.nan)
+
+
+@pytest.mark.filterwarnings("ignore:training goes back from step:UserWarning")
+def test_training_that_cannot_be_healed_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    healer = ["--trainer.callbacks", "[RNGState,PPLDeltaRollback,MetricsJSONL,ResumableCheckpoint]"]
+    broken = f"--trainer.callbacks+={__name__}.NotANumber"
+    with pytest.raises(SystemExit) as left:
+        theria("fit", *healer, broken)
+    assert left.value.code == 1
+    said = capsys.readouterr()
+    (line,) = (line for line in said.err.splitlines() if line.startswith("theria: error: "))
+    assert "the gradient of step 1 is nan; 3 of at most 3 rollbacks are used up" in line
+    assert line.endswith(f"the last healthy checkpoint is {RUN}/checkpoints/rollback_000000.ckpt")
+    assert "Traceback" not in said.err
+    assert f"Run directory {RUN}\n" in said.out
+
+
 def test_main_returns_nothing() -> None:
     """A returned object would be the exit status of the entry point."""
     assert (

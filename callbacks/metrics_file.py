@@ -123,8 +123,12 @@ class MetricsFile:
             self._file.close()
 
     def _write(self, block: bytes) -> None:
-        self._file.write(block)
-        self._file.flush()
+        try:
+            self._file.write(block)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # of a full disk the system does not say where
+            raise
 
 
 def _non_finite_name(value: float) -> str:

@@ -182,13 +182,12 @@ class MetricsJSONL(Callback):
         self._flush()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Force what was recorded to the disk; a device that failed may refuse to hand over its rows."""
+        """Force what was recorded to the disk; a device or a disk that failed may refuse."""
         try:
             self._flush(reduce=False)
-        except RuntimeError as failure:
-            rank_zero_warn(f"the last block of steps is missing in {self._path}: {failure}")
-        finally:
             self._release()
+        except (RuntimeError, OSError) as failure:
+            rank_zero_warn(f"the last block of steps is missing in {self._path}: {failure}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Force the last steps to the disk and let go of the file and the buffer."""
@@ -243,11 +242,11 @@ class MetricsJSONL(Callback):
     def _release(self) -> None:
         if self._buffer is not None:
             self._buffer.unsubscribe(self._receive)
-        if self._file is not None:
-            self._file.close()
-        self._trainer = self._buffer = self._file = None
+        file, self._trainer, self._buffer, self._file = self._file, None, None, None
         self._logged, self._received, self._before, self._sources = [], [], {}, []
         self._ended_at.clear()
+        if file is not None:
+            file.close()
 
 
 def _line(row: Mapping[str, float]) -> str:

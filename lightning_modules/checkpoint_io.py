@@ -3,7 +3,7 @@
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -53,6 +53,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
         Raises:
             TypeError: something in it is neither a tensor nor a primitive; the message names where.
+            OSError: the system does not let it be written; what stood at `path` is still there.
         """
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} takes no storage_options, got {storage_options!r}")
@@ -60,7 +61,7 @@ class AtomicCheckpointIO(CheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            torch.save(checkpoint, file)
+            _save(checkpoint, file)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = "cpu", weights_only: bool | None = None
@@ -71,6 +72,17 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: _PATH) -> None:
         """Delete the checkpoint at `path`, if it is there."""
         Path(path).unlink(missing_ok=True)
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # torch's archive writer stumbles over its own position after a disk has refused a part
+        cause = error.__context__
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise
 
 
 def read_checkpoint(path: Path, map_location: Any | None = "cpu") -> dict[str, Any]:

@@ -29,7 +29,7 @@ import lightning_modules
 from callbacks import ConfiguredOptimizerValues, UnhealthyTrainingError
 from lightning_modules.atomic_file import atomic_file
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
-from lightning_modules.cli_errors import OneLineParser, fail, is_about_settings
+from lightning_modules.cli_errors import OneLineParser, fail, is_about_settings, is_about_the_disk
 from lightning_modules.loggers import RunLogger
 from lightning_modules.run_directory import (
     CONFIG_NAME,
@@ -196,6 +196,8 @@ class TheriaCLI(LightningCLI):
             self._say_where_all_is()
             if isinstance(error, UnhealthyTrainingError):
                 fail(str(error), status=1)
+            if is_about_the_disk(error):
+                fail(f"nothing can be written any more: {error}", status=1)
             raise
         except SystemExit as interruption:
             self._say_where_all_is()

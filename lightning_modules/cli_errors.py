@@ -1,5 +1,6 @@
 """Wrong input on the command line ends with one line."""
 
+import errno
 import re
 import sys
 import traceback
@@ -20,6 +21,16 @@ _NOISE = (
     "a class path (str)",
     "a dict with",
     "Given value",
+)
+
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
 )
 
 
@@ -72,6 +83,11 @@ def is_about_settings(error: Exception) -> bool:
     in_a_step = any(frame.name in ("training_step", "validation_step", "test_step") for frame in frames)
     is_a_check = bool(frames) and (frames[-1].line or "").startswith("raise ")
     return isinstance(error, ValueError | TypeError) and is_a_check and not in_a_step
+
+
+def is_about_the_disk(error: Exception) -> bool:
+    """Whether an exception says that the system does not let files be written here."""
+    return isinstance(error, OSError) and error.errno in _DISK
 
 
 def _in_plain_words(reason: str) -> str:

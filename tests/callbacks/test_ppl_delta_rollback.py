@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -905,6 +906,20 @@ KILLS = {
 }
 
 
+def assert_same_ends(killed: Path, uninterrupted: Path) -> None:
+    """Weights and all else bit for bit, every step recorded once, and the same files left."""
+    ends = [torch.load(path / "end.pt") for path in (killed, uninterrupted)]
+    assert ends[1]["rollbacks"] == 1
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    tables = [read_metrics(path / "metrics.jsonl") for path in (killed, uninterrupted)]
+    for table in tables:
+        assert table["step"].tolist() == list(range(1, 51))
+    for column in ("loss", "perplexity", "ppl_delta", "rollback_count"):
+        assert tables[0][column].tolist() == tables[1][column].tolist(), column
+    names = [{file.name for file in (run / "checkpoints").glob("*.ckpt")} for run in (killed, uninterrupted)]
+    assert names[0] == names[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS, ids=str)
 def test_a_run_killed_around_a_rollback_ends_as_the_uninterrupted_one(
@@ -912,18 +927,7 @@ def test_a_run_killed_around_a_rollback_ends_as_the_uninterrupted_one(
 ) -> None:
     assert run_to_be_killed(tmp_path, KILLS[kill]) == -signal.SIGKILL
     assert run_to_be_killed(tmp_path) == 0
-    ends = [torch.load(path / "end.pt") for path in (tmp_path, uninterrupted)]
-    assert ends[1]["rollbacks"] == 1
-    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
-    tables = [read_metrics(path / "metrics.jsonl") for path in (tmp_path, uninterrupted)]
-    for table in tables:
-        assert table["step"].tolist() == list(range(1, 51))
-    for column in ("loss", "perplexity", "ppl_delta", "rollback_count"):
-        assert tables[0][column].tolist() == tables[1][column].tolist(), column
-    names = [
-        {file.name for file in (run / "checkpoints").glob("*.ckpt")} for run in (tmp_path, uninterrupted)
-    ]
-    assert names[0] == names[1]
+    assert_same_ends(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -943,3 +947,98 @@ def test_a_run_killed_after_going_back_to_the_beginning_ends_as_the_uninterrupte
     assert run_to_be_killed(killed, fault=fault) == 0
     torch.testing.assert_close(torch.load(killed / "end.pt"), torch.load(whole / "end.pt"), rtol=0, atol=0)
     assert read_metrics(killed / "metrics.jsonl")["step"].tolist() == list(range(1, 51))
+
+
+class Calls:
+    """Counts the calls of Python and C functions from now on, and may kill at one of them."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.count = 0
+        self.last = last
+        sys.setprofile(self.see)
+
+    def see(self, frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            self.count += 1
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+PARTS: dict[str, tuple[Any, str]] = {
+    "all of it": (Trainer, "fit"),
+    "a checkpoint's writing": (AtomicCheckpointIO, "save_checkpoint"),
+    "a rollback": (PPLDeltaRollback, "_act_on"),
+}
+
+
+def calls_counted(part: str, result: Path) -> Callable[[], None]:
+    """Write down how many calls there are inside each occurrence of a part."""
+
+    def install() -> None:
+        owner, name = PARTS[part]
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls = Calls()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                sys.setprofile(None)
+                with result.open("a") as file:
+                    file.write(f"{calls.count}\n")
+
+        setattr(owner, name, counted)
+
+    return install
+
+
+def at_moment(part: str, occurrence: int, last: int) -> Callable[[], None]:
+    """Kill at a call inside the n-th occurrence of a part."""
+
+    def install() -> None:
+        owner, name = PARTS[part]
+        original, seen = getattr(owner, name), [0]
+
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            seen[0] += 1
+            if seen[0] == occurrence:
+                Calls(last)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                sys.setprofile(None)
+
+        setattr(owner, name, killed)
+
+    return install
+
+
+# as many moments as one wants: THERIA_RANDOM_KILLS=60 pytest -k random_moment
+RANDOM_KILLS = int(os.environ.get("THERIA_RANDOM_KILLS", "8"))
+
+
+@pytest.fixture(scope="module")
+def calls_of_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    found = {}
+    for part in PARTS:
+        directory = tmp_path_factory.mktemp("counted")
+        assert run_to_be_killed(directory, calls_counted(part, directory / "calls.txt")) == 0
+        found[part] = [int(line) for line in (directory / "calls.txt").read_text().split()]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(RANDOM_KILLS))
+def test_a_run_killed_at_a_random_moment_ends_as_the_uninterrupted_one(
+    tmp_path: Path, number: int, uninterrupted: Path, calls_of_parts: dict[str, list[int]]
+) -> None:
+    """Of every four moments two are anywhere, one inside a checkpoint's writing and one inside a rollback."""
+    generator = random.Random(number)
+    part = ("all of it", "a rollback", "a checkpoint's writing", "all of it")[number % 4]
+    occurrence = generator.randint(1, len(calls_of_parts[part]))
+    last = generator.randint(1, calls_of_parts[part][occurrence - 1] * 9 // 10)
+    assert run_to_be_killed(tmp_path, at_moment(part, occurrence, last)) == -signal.SIGKILL
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        read_checkpoint(path)
+    assert run_to_be_killed(tmp_path) == 0
+    assert_same_ends(tmp_path, uninterrupted)

@@ -70,8 +70,7 @@ class PPLDeltaRollback(Callback):
         dirpath: where checkpoints go; null is the directory `checkpoints` in the run directory.
 
     Attributes:
-        rollbacks: number of rollbacks of the run so far.
-        history: those of this process.
+        rollbacks, history: number of rollbacks of the run so far, and those of this process.
 
     Raises:
         TypeError, ValueError: a value is impossible; the message names it.
@@ -148,8 +147,8 @@ class PPLDeltaRollback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the directory; every rank asks, since the trainer shares the answer."""
-        directory = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        self._checkpoints.directory = Path(directory)
+        run = Path(trainer.log_dir or trainer.default_root_dir)
+        self._checkpoints.directory = Path(self.dirpath or run / "checkpoints")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its body
         recorders = [callback for callback in callbacks if isinstance(callback, MetricsJSONL)]
         if any(callbacks.index(recorder) < callbacks.index(self) for recorder in recorders):
@@ -249,10 +248,8 @@ class PPLDeltaRollback(Callback):
         log_between_batches(trainer, values)
         self._roll_back(trainer, target)
         skipped = "none is skipped"
-        if self.skip_window:
-            window = range(
-                max(0, fault.first_batch - self.skip_window), fault.last_batch + self.skip_window + 1
-            )
+        if (around := self.skip_window) > 0:
+            window = range(max(0, fault.first_batch - around), fault.last_batch + around + 1)
             self._loader.skip(window)
             skipped = f"{window.start} to {window.stop - 1} of the training stream are skipped"
         self._finish_rollback(trainer)

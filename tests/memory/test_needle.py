@@ -111,14 +111,14 @@ def test_the_hebbian_rule_gives_back_what_theory_says(dim, share):
     assert few.cosine.value > found.cosine.value + 0.1
 
 
-def test_persistent_vectors_are_part_of_the_theory():
-    built = memory("hebbian", share=0.5)
-    plain = probe_memories([built], haystack(96), pairs=50)
+def test_persistent_vectors_are_part_of_the_theory_with_the_directions_they_prefer():
+    built = memory("hebbian", share=0.95)
+    plain = probe_memories([built], haystack(96), pairs=20)
     with torch.no_grad():
-        built.projection.persistent.vectors.mul_(10)
-    found = probe_memories([built], haystack(96), pairs=50)
-    assert abs(found.cosine.value - plain.cosine.value) > 0.02
-    assert found.theory == pytest.approx(found.cosine.value, abs=0.015)
+        built.projection.persistent.vectors[..., :32].mul_(30)
+    found = probe_memories([built], haystack(96), pairs=20)
+    assert abs(found.cosine.value - plain.cosine.value) > 0.05
+    assert found.theory == pytest.approx(found.cosine.value, abs=0.025)
 
 
 @pytest.mark.parametrize("rule", ["delta", "gated_delta"])

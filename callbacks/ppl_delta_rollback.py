@@ -32,12 +32,12 @@ class PPLDeltaRollback(Callback):
     """Goes back to the newest checkpoint known to be healthy where training breaks, and past what broke it.
 
     Every step is judged by its perplexity, exp(min(loss, 20)), beside a baseline that absorbs no outlier.
-    Training is taken back when the trigger is met on ``patience`` steps running, and at once when a loss or a
-    gradient is not finite; such a gradient is refused before the optimiser steps (with a gradient scaler that
-    is the scaler's part, and no fault). Back come the weights, optimisers, schedulers, gradient scaler,
-    random number generators, the position in the data, and the state of the other callbacks. The data around
-    the fault are skipped from then on, and with nothing to skip and ``lr_factor`` 1, training is repeated bit
-    for bit.
+    Training is taken back when the trigger is met on ``patience`` steps running, at once by a step far
+    off (``z_alone``), and at once when a loss or a gradient is not finite; such a gradient is refused
+    before the optimiser steps (with a gradient scaler that is the scaler's part, and no fault). Back come
+    the weights, optimisers, schedulers, gradient scaler, random number generators, the position in the
+    data, and the state of the other callbacks. The data around the fault are skipped from then on, and
+    with nothing to skip and ``lr_factor`` 1, training is repeated bit for bit.
 
     Checkpoints are written to ``checkpoints/rollback_<step>.ckpt``; one becomes a target only once
     ``healthy_after`` good steps have followed it, and a rollback drops all later ones, those of
@@ -55,6 +55,7 @@ class PPLDeltaRollback(Callback):
         trigger: robust (above ``threshold`` and ``z_limit``) or plain (above ``threshold``).
         threshold: of (perplexity - baseline) / baseline.
         z_limit: of log-perplexity's distance from the median, in robust standard deviations.
+        z_alone: of the same, for a step that robust need not see repeated.
         baseline_steps: span of the baseline and of the window of median and deviation.
         warm_up: steps before the trigger can be met.
         patience: steps running on which it has to be.
@@ -85,6 +86,7 @@ class PPLDeltaRollback(Callback):
         trigger: Trigger = "robust",
         threshold: float = 0.05,
         z_limit: float = 6.0,
+        z_alone: float = 30.0,
         baseline_steps: int = 100,
         warm_up: int = 100,
         patience: int = 2,
@@ -112,7 +114,9 @@ class PPLDeltaRollback(Callback):
             cool_down=(cool_down, 0),
             max_rollbacks=(max_rollbacks, 0),
         )
-        check_positive({"threshold": threshold, "z_limit": z_limit, "lr_factor": lr_factor})
+        check_positive(
+            {"threshold": threshold, "z_limit": z_limit, "z_alone": z_alone, "lr_factor": lr_factor}
+        )
         self.every_n_steps = checked_interval(every_n_steps)
         self.skip_window = skip_window
         self.cool_down = cool_down
@@ -122,7 +126,7 @@ class PPLDeltaRollback(Callback):
         self.rollbacks = 0
         self.history: list[Rollback] = []
         baseline = PerplexityBaseline(baseline_steps, warm_up, threshold, z_limit)
-        self._health = TrainingHealth(baseline, trigger, patience)
+        self._health = TrainingHealth(baseline, trigger, patience, z_alone)
         self._ring = RollbackRing(ring_size, healthy_after)
         self._checkpoints = RollbackCheckpoints(self._ring)
         self._watch = StepWatch(monitor)

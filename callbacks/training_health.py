@@ -31,19 +31,25 @@ class TrainingHealth:
     A step is bad if its loss or its largest gradient is not finite, which is a fault at once, or by the
     trigger, which is one after ``patience`` steps running:
 
-    - ``robust``: an outlier of the baseline, which is above the threshold and beyond the usual noise;
+    - ``robust``: an outlier of the baseline, which is above the threshold and beyond the usual noise; one
+      whose z-score is above ``z_alone`` is a fault at once, as a single step that scales the optimiser's
+      moments up can slow training down for long without a second bad step;
     - ``plain``: above the threshold. With patience 1, the simplest rule there is.
 
     Args:
         baseline: of perplexity.
         trigger: robust or plain.
         patience: bad steps running that make a fault.
+        z_alone: z-score above which one bad step of ``robust`` makes a fault.
     """
 
-    def __init__(self, baseline: PerplexityBaseline, trigger: Trigger, patience: int) -> None:
+    def __init__(
+        self, baseline: PerplexityBaseline, trigger: Trigger, patience: int, z_alone: float = 30.0
+    ) -> None:
         self.baseline = baseline
         self.trigger = trigger
         self.patience = patience
+        self.z_alone = z_alone
         self.fault: Fault | None = None
         self.cool_until = 0
         self._bad: list[tuple[int, int]] = []
@@ -63,10 +69,11 @@ class TrainingHealth:
             return judged, True
         if step > self.cool_until:
             self._bad.append((step, batch))
-            if len(self._bad) >= self.patience:
+            far_off = self.trigger == "robust" and judged.z_score > self.z_alone
+            if far_off or len(self._bad) >= self.patience:
                 self._find(
                     f"the perplexity of step {step}, {judged.perplexity:.4g}, is {judged.ppl_delta:+.1%} off "
-                    f"its baseline at z = {judged.z_score:.1f}, {len(self._bad)} steps running"
+                    f"its baseline at z = {judged.z_score:.1f}, {len(self._bad)} bad steps running"
                 )
         return judged, False
 

@@ -38,7 +38,7 @@ class Fault:
 
 # Checkpoints of the faulty runs come every 200 steps, and are targets 50 good steps later.
 FAULTS = {
-    "spike": Fault("two scaled batches", "scaled", steps=(330, 331)),
+    "spike": Fault("one scaled batch", "scaled", steps=(330,)),
     "burst": Fault(
         "eight of ten batches scaled, returning", "scaled", batches=(*range(340, 345), 346, 347, 349)
     ),
@@ -47,12 +47,11 @@ FAULTS = {
     "inf_gradient": Fault("Inf in one entry of a gradient", "inf_gradient", steps=(374,)),
     "corrupted": Fault("two batches with wrong labels, returning", "corrupted", batches=(384, 385)),
     "rate": Fault("learning rate x 100 for 20 steps", "rate", steps=tuple(range(290, 310))),
-    "on_checkpoint": Fault("two scaled batches, the first at a checkpoint", "scaled", steps=(400, 401)),
+    "on_checkpoint": Fault("a scaled batch at a checkpoint", "scaled", steps=(400,)),
     "around_checkpoint": Fault(
-        "two spikes with a checkpoint between them", "scaled", steps=(380, 381, 420, 421), count=2
+        "two scaled batches with a checkpoint between them", "scaled", steps=(380, 420), count=2
     ),
-    "before_checkpoint": Fault("two scaled batches before the first checkpoint", "scaled", steps=(150, 151)),
-    "isolated": Fault("one scaled batch alone", "scaled", steps=(330,), count=0, is_counted=False),
+    "before_checkpoint": Fault("a scaled batch before the first checkpoint", "scaled", steps=(150,)),
     "for_ever": Fault(
         "every batch from step 330 on scaled",
         "scaled",

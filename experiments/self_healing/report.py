@@ -33,7 +33,7 @@ def page(runs: Sequence[Run], work: Path, costs: Sequence[Figures], provenance: 
     lines = ["# Training that heals itself", "", provenance, "", *_jobs(), ""]
     lines += ["## False alarms", "", *_false_alarms(healthy), ""]
     lines += ["## Injected faults", "", *_faults(faulty, healthy), ""]
-    lines += ["## What happens beyond", "", *_beyond(faulty, healthy), ""]
+    lines += ["## What happens beyond", "", *_beyond(faulty), ""]
     lines += ["## The baseline is not poisoned", "", *_poison(healthy), ""]
     if costs:
         lines += ["## What watching costs", "", *_costs(costs), ""]
@@ -105,21 +105,11 @@ def _faults(faulty: Sequence[Figures], healthy: Sequence[Figures]) -> list[str]:
     ]
 
 
-def _beyond(faulty: Sequence[Figures], healthy: Sequence[Figures]) -> list[str]:
-    rows = []
-    for run in (run for run in faulty if run["fault"] == "isolated"):
-        result = outcome(run, _undisturbed(run, healthy))
-        rows.append(
-            [FAULTS["isolated"].title, run["job"], str(len(run["rollbacks"])), *_cells(run, result)[3:]]
-        )
+def _beyond(faulty: Sequence[Figures]) -> list[str]:
     title = FAULTS["for_ever"].title
     endless = [run for run in faulty if run["fault"] == "for_ever"]
     stops = [f"- {run['job']}, {title}: `{run['stopped']}`" for run in endless]
     return [
-        "One bad step alone is no fault by default, which asks for two running; it stays in the run.",
-        "",
-        *markdown_table(["what", "job", "rollbacks", "final loss", "beside undisturbed"], rows),
-        "",
         "What does not stop to break ends at the cap:",
         "",
         *stops,

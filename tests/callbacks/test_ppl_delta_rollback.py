@@ -173,6 +173,7 @@ def healer(**options: Any) -> PPLDeltaRollback:
         "cool_down": 0,
         "threshold": 0.2,
         "z_limit": 12.0,
+        "z_alone": 1e9,  # these are tests of two bad steps running
     }
     return PPLDeltaRollback(**(defaults | options))
 
@@ -786,6 +787,15 @@ def test_a_rate_configured_anew_at_a_resume_outlives_a_rollback_to_before_it(tmp
     trainer = train(tmp_path, Slower(spiking(37, 38)), *used, steps=45, ckpt_path=start)
     assert used[1].rollbacks == 1
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.99**45)
+
+
+def test_one_step_far_off_is_taken_back_by_itself(tmp_path: Path) -> None:
+    patient, prompt = healer(), healer(z_alone=12.0)
+    train(tmp_path / "patient", Automatic(spiking(25)), patient, steps=40)
+    train(tmp_path / "prompt", Automatic(spiking(25)), prompt, steps=40)
+    assert patient.rollbacks == 0
+    assert prompt.rollbacks == 1
+    assert prompt.history[0].fault.last_step == prompt.history[0].fault.first_step
 
 
 @pytest.mark.filterwarnings("ignore:The grad scaler")

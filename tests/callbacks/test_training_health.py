@@ -18,7 +18,7 @@ def noisy(steps: int, seed: int, noise: float = 0.05) -> list[float]:
 
 
 def health(trigger: Trigger = "robust", patience: int = 2) -> TrainingHealth:
-    return TrainingHealth(PerplexityBaseline(), trigger, patience)
+    return TrainingHealth(PerplexityBaseline(), trigger, patience, z_alone=math.inf)
 
 
 def faults(judge: TrainingHealth, losses: list[float]) -> list[int]:
@@ -55,6 +55,18 @@ def test_the_scale_is_the_standard_deviation_of_normal_noise() -> None:
     for _ in range(5000):
         baseline.judge(generator.gauss(3.0, 0.2))
     assert baseline.judge(4.0).z_score == pytest.approx(5.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rise", "trigger", "found"), [(0.8, "robust", []), (12.0, "robust", [251]), (12.0, "plain", [])]
+)
+def test_one_step_far_off_is_a_fault_by_itself(rise: float, trigger: Trigger, found: list[int]) -> None:
+    losses = noisy(300, seed=2)
+    losses[250] += rise
+    threshold = 10.0 if trigger == "plain" else 0.05  # noise alone is above the usual one
+    judge = TrainingHealth(PerplexityBaseline(threshold=threshold), trigger, patience=2)
+    assert faults(judge, losses) == found
+    assert faults(health(), losses) == []
 
 
 def test_perplexity_is_bounded_and_not_finite_where_the_loss_is_not() -> None:

@@ -63,7 +63,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of all runs."""
     directory = tmp_path_factory.mktemp("work")
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(directory), HEALTHY, *COUNTED, "for_ever", "isolated"],
+        [sys.executable, str(PROGRAM), str(directory), HEALTHY, *COUNTED, "for_ever"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -105,16 +105,10 @@ def test_what_does_not_stop_to_break_ends_at_the_cap_with_its_reason_and_the_las
 ) -> None:
     found = load(run_of("for_ever"), work)
     assert len(found["rollbacks"]) == 3
-    assert "the perplexity of step 321" in found["stopped"]
+    assert "the perplexity of step 320" in found["stopped"]
     assert "3 of at most 3 rollbacks are used up" in found["stopped"]
     assert found["stopped"].endswith("the last healthy checkpoint is RUN/checkpoints/rollback_000200.ckpt")
     assert found["validation"] == {}
-
-
-def test_one_bad_step_alone_is_no_fault(work: Path) -> None:
-    found = load(run_of("isolated"), work)
-    assert found["hit"] == [330]
-    assert found["rollbacks"] == []
 
 
 def test_a_fault_that_nothing_takes_back_does_harm(
@@ -219,7 +213,7 @@ def test_the_command_goes_on_with_what_is_missing_and_writes_the_page(
     # the second of two faults was not found
     assert "**9 of 10 caught within 3 steps; 10 of 10 end within 1% of the undisturbed run**" in text
     assert "| NaN in the loss | tiny | 2 | 330, 330, 331 | 200 |" in text
-    assert "| two spikes with a checkpoint between them | tiny | 2, not |" in text
+    assert "| two scaled batches with a checkpoint between them | tiny | 2, not |" in text
 
 
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

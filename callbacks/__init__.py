@@ -5,6 +5,7 @@ from callbacks.cuda_memory_stats import CUDAMemoryStats
 from callbacks.curvature_probe import CurvatureProbe
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
+from callbacks.niah_probe import NIAHProbe
 from callbacks.optimizer_values import ConfiguredOptimizerValues
 from callbacks.ppl_delta_rollback import PPLDeltaRollback, UnhealthyTrainingError
 from callbacks.progress import StepProgressBar
@@ -17,6 +18,7 @@ __all__ = [
     "ConfiguredOptimizerValues",
     "CurvatureProbe",
     "MetricsJSONL",
+    "NIAHProbe",
     "PPLDeltaRollback",
     "RNGState",
     "ResumableCheckpoint",

@@ -236,7 +236,7 @@ class CalibrationText(ResumableDataModule):
         return TrainingMixture(
             self._streams("train"),
             domain_shares({name: domain.weight for name, domain in self.domains.items()}),
-            recall=self._recall("train"),
+            recall=self.recall_source("train"),
             recall_share=Fraction(0) if self.recall is None else as_fraction(self.recall.share),
             length=self.sequence_length,
             batch_size=self.batch_size,
@@ -251,6 +251,19 @@ class CalibrationText(ResumableDataModule):
     def test_dataloader(self) -> list[BatchLoader]:
         """One loader a domain, of recall and of each of its controls, named by `test_names`."""
         return self._evaluation_loaders("test", None, ("none", *CONTROLS))
+
+    def recall_source(self, split: Stream) -> RecallSource | None:
+        """Where the recall sequences of a split come from; None without recall."""
+        spec = self.recall_spec
+        if self.recall is None or spec is None:
+            return None
+        return RecallSource(
+            spec,
+            self._streams(split) if self.recall.filler == "text" else [],
+            domain_shares({name: domain.weight for name, domain in self.domains.items()}),
+            split,
+            self.seed,
+        )
 
     def skip_batches(self, batches: range) -> None:
         """Pass over training batches by their numbers, which `train_dataloader().last_batch` tells."""
@@ -288,18 +301,6 @@ class CalibrationText(ResumableDataModule):
     def _streams(self, split: str) -> list[TokenStream]:
         return [self.corpus.streams[name][split] for name in self.domains]
 
-    def _recall(self, split: Stream) -> RecallSource | None:
-        spec = self.recall_spec
-        if self.recall is None or spec is None:
-            return None
-        return RecallSource(
-            spec,
-            self._streams(split) if self.recall.filler == "text" else [],
-            domain_shares({name: domain.weight for name, domain in self.domains.items()}),
-            split,
-            self.seed,
-        )
-
     def _evaluation_loaders(
         self, split: Stream, limit: int | None, controls: Sequence[Control]
     ) -> list[BatchLoader]:
@@ -307,7 +308,7 @@ class CalibrationText(ResumableDataModule):
             TextWindows(stream, source, length=self.sequence_length, limit=limit)
             for source, stream in enumerate(self._streams(split))
         ]
-        recall = self._recall(split)
+        recall = self.recall_source(split)
         if self.recall is not None and recall is not None:
             count, source = self.recall.num_val_sequences, len(self.domains)
             datasets += [

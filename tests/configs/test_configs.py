@@ -47,6 +47,7 @@ SMALLER = {
         "model.init_args.width": 32,
         "model.init_args.heads": 2,
         "model.init_args.memory_dim": 16,
+        "model.init_args.window": 16,
         "data.init_args.sequence_length": 256,
         "data.init_args.num_workers": 0,
     }

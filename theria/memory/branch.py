@@ -94,24 +94,58 @@ class MemoryBranch(nn.Module):
         conv_state, projection_state, memory_state = state if state is not None else (None, None, None)
         mixed, conv_state = self.conv(self.in_proj(x), segment_ids=segment_ids, state=conv_state)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=-1))
-        q, k = _unit(q), _unit(k)
-        projected, projection_state = self.projection(q, k, segment_ids=segment_ids, state=projection_state)
-        read, memory_state = self.memory(
-            torch.lerp(q, projected, self.share[:, None, None].to(q.dtype)),
-            k,
+        read, projection_state, memory_state = self.write_and_read(
+            _unit(q),
+            _unit(k),
             v,
             beta=None if self.beta is None else torch.sigmoid(widened(self.beta(x))).mT,
             log_decay=None if self.decay is None else _log_decay(self.decay(x)),
             segment_ids=segment_ids,
-            state=memory_state,
+            state=(projection_state, memory_state),
         )
         out = self.atlas(self.o_proj(_bounded(read).transpose(1, 2).flatten(2)))
         return out, MemoryState(conv_state, projection_state, memory_state)
+
+    def write_and_read(
+        self,
+        q: Float[Tensor, "batch heads length dim"],
+        k: Float[Tensor, "batch heads length dim"],
+        v: Float[Tensor, "batch heads length dim"],
+        *,
+        beta: Float[Tensor, "batch heads length"] | None = None,
+        log_decay: Float[Tensor, "batch heads length"] | None = None,
+        segment_ids: Int64[Tensor, "batch length"] | None = None,
+        state: tuple[ProjectionState | None, AssociativeState | None] = (None, None),
+    ) -> tuple[Float[Tensor, "batch heads length dim"], ProjectionState, AssociativeState]:
+        """r_t = S_t ((1 - s) q_t + s q'_t), before it is bent, and both accumulators' states.
+
+        Args:
+            q, k, v: queries and keys of unit length, or of length 0 where nothing is asked or written.
+            beta, log_decay: as for ``AssociativeMemory``.
+            segment_ids: as for ``causal_projection``.
+            state: of both accumulators after the tokens before these.
+        """
+        projected, projection_state = self.projection(q, k, segment_ids=segment_ids, state=state[0])
+        read, memory_state = self.memory(
+            torch.lerp(q, projected, self.share[:, None, None].to(q.dtype)),
+            k,
+            v,
+            beta=beta,
+            log_decay=log_decay,
+            segment_ids=segment_ids,
+            state=state[1],
+        )
+        return read, projection_state, memory_state
 
     @property
     def share(self) -> Float[Tensor, " heads"]:
         """s, the projected query's share of what reads the memory."""
         return torch.sigmoid(self.share_logit)
+
+    @property
+    def resting_log_decay(self) -> Float[Tensor, " heads"] | None:
+        """Log alpha of a token that says nothing about it; None for rules that do not forget."""
+        return None if self.decay is None else _log_decay(self.decay.bias[None, None])[0, :, 0]
 
     @torch.no_grad()
     def _start(self) -> None:

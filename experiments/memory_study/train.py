@@ -23,6 +23,8 @@ VARIANTS = ("memory", "attention", "no_polarization")
 
 _WARM_UP_STEPS = 20
 _TIMED_STEPS = 20
+# callbacks that refuse a model without a memory
+_OF_MEMORY = ("NIAHProbe",)
 _ARCHITECTURE = ("width", "blocks", "heads", "window", "memory_heads", "memory_dim", "rule", "slots", "taps")
 
 Figures = dict[str, Any]
@@ -48,6 +50,8 @@ def train(
         work: directory of the run.
     """
     given = _model_settings(configs, overrides)
+    if variant == "attention":
+        configs = [_without_memory_callbacks(config, work) for config in configs]
     arguments = ["fit", *(part for config in configs for part in ("--config", str(config))), *overrides]
     arguments += _of_variant(given, variant)
     if steps is None and minutes is not None:
@@ -80,6 +84,18 @@ def matching_hidden(given: dict[str, Any]) -> int:
     # a multiple of 8, which tensor cores want
     eight_units = 8 * 3 * given["width"] * given["blocks"]
     return 8 + 8 * round((whole - rest) / eight_units)
+
+
+def _without_memory_callbacks(config: Path, folder: Path) -> Path:
+    """A copy of a configuration that leaves out what only a memory has use for."""
+    settings = yaml.safe_load(config.read_text())
+    trainer = settings.get("trainer", {})
+    for key in ("callbacks", "callbacks+"):
+        if key in trainer:
+            trainer[key] = [entry for entry in trainer[key] if entry["class_path"] not in _OF_MEMORY]
+    copy = folder / f"attention_{config.name}"
+    copy.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return copy
 
 
 def _of_variant(given: dict[str, Any], variant: str) -> list[str]:

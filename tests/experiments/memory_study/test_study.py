@@ -100,7 +100,7 @@ def test_a_page_of_two_variants(tmp_path, monkeypatch):
                 "domains": {
                     name: {"built_in": None, "files": [f"{name}*.txt"]} for name in ("prose", "sources")
                 },
-                "sequence_length": 40,
+                "sequence_length": 64,
                 "batch_size": 4,
                 "train_sequences_per_epoch": 400,
                 "val_sequences": 4,

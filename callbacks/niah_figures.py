@@ -17,8 +17,10 @@ def draw_heat_map(found: PromptRecall) -> Figure:
     lengths = sorted(found.cells)
     shares = [[share.value for share in found.cells[length]] for length in lengths]
     depths = len(shares[0])
-    figure = Figure(figsize=(1.6 + 0.8 * depths, 1.2 + 0.5 * len(lengths)), dpi=80, layout="constrained")
-    axes = figure.subplots()
+    width, height = 1.1 + 0.8 * depths, 0.8 + 0.5 * len(lengths)
+    figure = Figure(figsize=(width, height), dpi=80)
+    # inches around the cells; matplotlib's own layout engines draw everything twice
+    axes = figure.add_axes((0.9 / width, 0.6 / height, 0.8 * depths / width, 0.5 * len(lengths) / height))
     axes.imshow(np.array(shares), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(shares):
         for column, value in enumerate(values):
@@ -27,14 +29,14 @@ def draw_heat_map(found: PromptRecall) -> Figure:
     axes.set_xticks(range(depths), [f"{(2 * bin_ + 1) / (2 * depths):.0%}" for bin_ in range(depths)])
     axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])
     axes.set_xlabel("depth of the needle")
-    axes.set_ylabel("tokens of the prompt")
+    axes.set_ylabel("tokens")
     return figure
 
 
 def draw_capacity(found: Sequence[NeedleRecall], threshold: float) -> Figure:
     """Cosine read back against the pairs written beside the needle, with the rule's theory and a control."""
-    figure = Figure(figsize=(4.4, 3.0), dpi=80, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(4.4, 3.0), dpi=80)
+    axes = figure.add_axes((0.14, 0.16, 0.84, 0.81))
     pairs = [point.pairs for point in found]
     stored, never = ([getattr(point, name) for point in found] for name in ("cosine", "never_stored"))
     for means, label, marker in ((stored, "read back", "o"), (never, "key never stored", "x")):

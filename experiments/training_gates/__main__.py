@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.training_gates import chunk_sizes
+from experiments.training_gates import chunk_sizes, niah_frequency
 
 RESULTS = Path("docs/results")
 
@@ -21,8 +21,12 @@ def main(arguments: list[str] | None = None) -> None:
     chunks.add_argument("--dim", type=int, default=256, help="width of a memory head")
     chunks.add_argument("--rounds", type=int, default=5, help="measurements, of which the median counts")
     chunks.add_argument("--out", type=Path, default=RESULTS / "chunk_sizes.md", help="page to write")
+    niah_frequency.add_command(commands)
     args = parser.parse_args(arguments)
-    report = chunk_sizes.report(args.devices, length=args.length, dim=args.dim, rounds=args.rounds)
+    if args.command == "niah-frequency":
+        report = niah_frequency.report(args)
+    else:
+        report = chunk_sizes.report(args.devices, length=args.length, dim=args.dim, rounds=args.rounds)
     print(report)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(report, encoding="utf-8")

@@ -74,7 +74,7 @@ class NIAHProbe(Callback):
         repetitions: int = 16,
         lengths: Sequence[int] | None = None,
         prompts: int = 8,
-        controls: int = 3,
+        controls: int = 2,
         prompt_pairs: int = 16,
         queries: int = 8,
         depths: int = 4,

@@ -29,25 +29,23 @@ _LEFT_OUT = ("StepProgressBar", "ResumableCheckpoint")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What probes and steps take, in seconds.
+    """What probes cost beside the steps around them.
 
     Attributes:
-        probe: of a probe with its logging and its figures, and of what it slows the step after it down.
-        step: of a training step without one.
-        first: of a run's first probe, which is in none of these.
+        steps: a probe in training steps, with its logging, its figures and what it slows the step after it
+            down.
+        probe, step: both in seconds.
+        first: seconds of a run's first probe, which is in none of these.
     """
 
+    steps: Mean
     probe: Mean
     step: Mean
     first: float
 
     def overhead(self, every_n_steps: int) -> tuple[float, float]:
-        """The share of training time that probes take every so many steps, and the upper end of its interval.
-
-        The upper end is that of the probe's over the lower one of the step's, which is beyond 95%.
-        """
-        share, most = self.probe.value / self.step.value, self.probe.high / self.step.low
-        return share / every_n_steps, most / every_n_steps
+        """Time of probes over that of training, one every so many steps, and its interval's upper end."""
+        return self.steps.value / every_n_steps, self.steps.high / every_n_steps
 
 
 class StepClock(Callback):
@@ -124,9 +122,9 @@ def cost_of(ended: Sequence[float], between: int) -> Cost:
     """
     took = [after - before for before, after in itertools.pairwise(ended)]  # that of step 2 stands first
     windows = [took[at - 2 : at - 2 + between] for at in range(between, len(ended) - between + 2, between)]
-    plain = [statistics.median(window[2:]) for window in windows]
-    extra = [window[0] + window[1] - 2 * step for window, step in zip(windows, plain, strict=True)]
-    return Cost(Mean.of(torch.tensor(extra[1:])), Mean.of(torch.tensor(plain[1:])), extra[0])
+    step = torch.tensor([statistics.median(window[2:]) for window in windows], dtype=torch.float64)
+    probe = torch.tensor([sum(window[:2]) for window in windows], dtype=torch.float64) - 2 * step
+    return Cost(Mean.of(probe[1:] / step[1:]), Mean.of(probe[1:]), Mean.of(step[1:]), float(probe[0]))
 
 
 def locked(cost: Cost) -> int:
@@ -158,11 +156,12 @@ def report(args: argparse.Namespace) -> str:
         "",
         f"- probe: {_milliseconds(cost.probe)} (the first of a run: {1e3 * cost.first:.0f} ms)",
         f"- step: {_milliseconds(cost.step)}",
+        f"- a probe in steps: {cost.steps.value:.2f} [{cost.steps.low:.2f}, {cost.steps.high:.2f}]",
         "",
         *markdown_table(["steps from probe to probe", "overhead", "upper end"], rows),
         "",
-        f"Intervals are of 95%; the upper end is that of the probe over the lower end of the step. Limit "
-        f"{LIMIT:.0%}, aim {AIM:.1%}. Locked: **every {locked(cost)} steps**.",
+        f"Intervals are of 95%, over probes, each in the time of the steps behind it. Limit {LIMIT:.0%}, aim "
+        f"{AIM:.1%}, both of the upper end. Locked: **every {locked(cost)} steps**.",
         "",
     ]
     return "\n".join(lines)

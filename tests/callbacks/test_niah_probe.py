@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -233,6 +234,45 @@ def test_prompts_are_of_the_data_s_text_and_beyond_reach(corpus):
     given = NIAHProbe(lengths=[64, 48], **SMALL)
     trainer(given).fit(module(), datamodule=data(corpus))
     assert [made.length for made in given._asked] == [64, 48]
+
+
+def test_prompts_are_validation_s_of_the_probe_s_own_seed(corpus):
+    def asked(probe_seed: int, **changes: Any) -> list[torch.Tensor]:
+        probe = NIAHProbe(seed=probe_seed, **SMALL)
+        trainer(probe, max_steps=1).fit(module(), datamodule=data(corpus, **changes))
+        assert not probe._fields  # without records there is nobody to take them
+        return [*(made.tokens for made in probe._asked), probe._haystack.keys]
+
+    first, again, other = asked(0), asked(0, seed=7), asked(1)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+    source = data(corpus)
+    source.setup("fit")
+    reach, shape = 6, {"min_pairs": 4, "max_pairs": 4, "queries": 2, "query_span": 4}
+    spec = dataclasses.replace(source.recall_spec, min_distance=reach, **shape)
+    drawn = dataclasses.replace(source.recall_source("validation"), spec=spec, seed=0)
+    tokens, _, _ = drawn.sample(0, torch.arange(3))
+    assert torch.equal(first[1][:3], tokens)
+
+
+def test_it_probes_in_the_precision_of_training(corpus):
+    class Precision(Callback):
+        seen: list[torch.dtype]
+
+        def on_fit_start(self, trainer, pl_module) -> None:
+            def note(block, inputs, output) -> None:
+                if not block.training:
+                    self.seen.append(output.dtype)
+
+            self.seen = []
+            pl_module.model.blocks[0].o_proj.register_forward_hook(note)
+
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        probed = Precision()
+        callbacks = [NIAHProbe(1, **SMALL), probed]
+        trainer(*callbacks, max_steps=1, precision=precision).fit(module(), datamodule=data(corpus))
+        assert set(probed.seen) == {dtype}
 
 
 def test_a_resumed_run_probes_as_the_uninterrupted_one(corpus, tmp_path):

@@ -170,11 +170,7 @@ def read_needle(branch: MemoryBranch, haystack: Haystack, *, pairs: int) -> Need
     q = torch.cat((torch.zeros_like(k), asked), dim=2)
     k, v = torch.cat((k, nothing), dim=2), torch.cat((v, nothing), dim=2)
     resting = branch.resting_log_decay
-    log_decay = None
-    if resting is not None:
-        # nothing is forgotten while only reading
-        writes = torch.arange(q.shape[2], device=q.device) <= pairs
-        log_decay = (resting[:, None] * writes).expand(q.shape[:3])
+    log_decay = None if resting is None else resting[:, None].expand(q.shape[:3])
     read, _, _ = branch.write_and_read(q, k, v, log_decay=log_decay)
     cosine = F.cosine_similarity(widened(read[:, :, -2:]), widened(needle_value).unsqueeze(2), dim=-1)
     theory = expected_cosine(branch, before=before, after=pairs - before)

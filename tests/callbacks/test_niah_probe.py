@@ -238,7 +238,7 @@ def test_prompts_are_of_the_data_s_text_and_beyond_reach(corpus):
 
 def test_prompts_are_validation_s_of_the_probe_s_own_seed(corpus):
     def asked(probe_seed: int, **changes: Any) -> list[torch.Tensor]:
-        probe = NIAHProbe(seed=probe_seed, **SMALL)
+        probe = NIAHProbe(1, seed=probe_seed, **SMALL)
         trainer(probe, max_steps=1).fit(module(), datamodule=data(corpus, **changes))
         assert not probe._fields  # without records there is nobody to take them
         return [*(made.tokens for made in probe._asked), probe._haystack.keys]

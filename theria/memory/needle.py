@@ -136,6 +136,7 @@ def draw_haystack(repetitions: int, heads: int, pairs: int, dim: int, *, seed: i
         values=unit(repetitions, heads, pairs),
         needle=unit(2, repetitions, heads),
         unknown=unit(repetitions, heads),
+        # rounding must not put the last one behind the end
         depth=(places / repetitions).clamp_max(1 - 2**-20),
     )
 

@@ -189,6 +189,13 @@ def test_training_that_ends_unhealthy_fails(sound):
         assert not spike_gate(broken).passed
 
 
+def test_the_poisoned_step_is_no_target_even_where_all_else_is_well(sound):
+    visits = list(sound.visits)
+    place = next(number for number, visit in enumerate(visits) if visit.step == SPIKE_AT)
+    visits[place + 1] = visits[place]._replace(saved=visits[place].weights)
+    assert not spike_gate(sound._replace(visits=visits)).passed
+
+
 def test_a_loss_that_is_not_a_number_is_a_spike_and_no_rise_is_none(sound):
     late = sound.undone["step"] > SPIKE_AT
     for delta, passes in ((float("nan"), True), (0.3, True), (-0.1, False)):

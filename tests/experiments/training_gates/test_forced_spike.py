@@ -213,6 +213,10 @@ def test_a_spike_behind_no_checkpoint_proves_nothing(sound):
 def test_a_checkpoint_that_differs_from_what_was_trained_fails(sound):
     visits = [visit._replace(saved=visit.saved and "another") for visit in sound.visits]
     assert not spike_gate(sound._replace(visits=visits)).passed
+    first = next(number for number, visit in enumerate(sound.visits) if visit.step == SPIKE_AT - EVERY)
+    visits = list(sound.visits)
+    visits[first] = visits[first]._replace(weights="another")
+    assert not spike_gate(sound._replace(visits=visits)).passed
 
 
 def test_digests_tell_tensors_apart():

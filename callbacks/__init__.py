@@ -3,6 +3,7 @@
 from callbacks.attention_grad_logger import AttentionGradLogger
 from callbacks.cuda_memory_stats import CUDAMemoryStats
 from callbacks.curvature_probe import CurvatureProbe
+from callbacks.gate_monitor import GateMonitor, UnhealthyGatesError
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
 from callbacks.niah_probe import NIAHProbe
@@ -18,12 +19,14 @@ __all__ = [
     "CUDAMemoryStats",
     "ConfiguredOptimizerValues",
     "CurvatureProbe",
+    "GateMonitor",
     "MetricsJSONL",
     "NIAHProbe",
     "PPLDeltaRollback",
     "RNGState",
     "ResumableCheckpoint",
     "StepProgressBar",
+    "UnhealthyGatesError",
     "UnhealthyTrainingError",
     "read_metrics",
 ]

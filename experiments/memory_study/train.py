@@ -49,7 +49,7 @@ def train(
         minutes: where given, and steps are not, as many steps as fit into them.
         work: directory of the run.
     """
-    given = _model_settings(configs, overrides)
+    given = model_settings(configs, overrides)
     if variant == "attention":
         configs = [_without_memory_callbacks(config, work) for config in configs]
     arguments = ["fit", *(part for config in configs for part in ("--config", str(config))), *overrides]
@@ -57,7 +57,7 @@ def train(
     if steps is None and minutes is not None:
         steps = max(1, int(60 * minutes / _seconds_a_step(arguments)))
     if steps is not None:
-        arguments += _of_length(steps, given, variant)
+        arguments += of_length(steps, given, variant)
     started = time.perf_counter()
     cli = TheriaCLI(args=[*arguments, "--save_dir", str(work), "--name", variant])
     fitted = time.perf_counter() - started
@@ -104,7 +104,7 @@ def _of_variant(given: dict[str, Any], variant: str) -> list[str]:
     return _model(polarization="null") if variant == "no_polarization" else []
 
 
-def _model_settings(configs: Sequence[Path], overrides: list[str]) -> dict[str, Any]:
+def model_settings(configs: Sequence[Path], overrides: list[str]) -> dict[str, Any]:
     """The model's settings in the files and in arguments of the form --model.init_args.NAME VALUE."""
     settings: dict[str, Any] = {}
     for config in configs:
@@ -116,9 +116,10 @@ def _model_settings(configs: Sequence[Path], overrides: list[str]) -> dict[str, 
     return settings
 
 
-def _of_length(steps: int, given: dict[str, Any], variant: str) -> list[str]:
-    """Arguments that train so many steps, validate ten times, and end every schedule with them."""
-    arguments = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 10))]
+def of_length(steps: int, given: dict[str, Any], variant: str, *, validations: int = 10) -> list[str]:
+    """Arguments that train so many steps, validate so often, and end every schedule with them."""
+    every = str(max(1, steps // validations))
+    arguments = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", every]
     scheduler = given.get("lr_scheduler") or {}
     if "total_steps" in scheduler.get("init_args", {}):
         warm_up = min(scheduler["init_args"]["warmup_steps"], steps // 4)

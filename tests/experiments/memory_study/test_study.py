@@ -11,7 +11,7 @@ import yaml
 
 from experiments.memory_study.__main__ import main
 from experiments.memory_study.compress import xz_bits_per_byte
-from experiments.memory_study.train import _model_settings, _of_length, _sizes, matching_hidden
+from experiments.memory_study.train import _sizes, matching_hidden, model_settings, of_length
 from theria.models.memory_lm import MemoryLM
 
 pytestmark = [
@@ -43,8 +43,8 @@ def test_later_files_and_arguments_decide(tmp_path):
     for name, settings in (("a", {"width": 1, "blocks": 2}), ("b", {"width": 3})):
         (tmp_path / name).write_text(yaml.safe_dump({"model": {"init_args": settings}}))
     paths = [tmp_path / "a", tmp_path / "b"]
-    assert _model_settings(paths, []) == {"width": 3, "blocks": 2}
-    assert _model_settings(paths, ["--model.init_args.width", "4"])["width"] == 4
+    assert model_settings(paths, []) == {"width": 3, "blocks": 2}
+    assert model_settings(paths, ["--model.init_args.width", "4"])["width"] == 4
 
 
 def test_all_schedules_get_the_length():
@@ -52,7 +52,7 @@ def test_all_schedules_get_the_length():
         "lr_scheduler": {"init_args": {"total_steps": 1000, "warmup_steps": 50}},
         "polarization": {"steps": 1000},
     }
-    arguments = _of_length(80, given, "memory")
+    arguments = of_length(80, given, "memory")
     pairs = dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert pairs == {
         "--trainer.max_steps": "80",
@@ -61,7 +61,7 @@ def test_all_schedules_get_the_length():
         "--model.init_args.lr_scheduler.init_args.warmup_steps": "20",
         "--model.init_args.polarization.steps": "80",
     }
-    assert "--model.init_args.polarization.steps" not in _of_length(80, given, "no_polarization")
+    assert "--model.init_args.polarization.steps" not in of_length(80, given, "no_polarization")
 
 
 def test_xz_has_the_whole_training_text_at_hand():

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import callbacks
 import datamodules
 import lightning_modules
-from callbacks import ConfiguredOptimizerValues, UnhealthyTrainingError
+from callbacks import ConfiguredOptimizerValues, UnhealthyGatesError, UnhealthyTrainingError
 from lightning_modules.atomic_file import atomic_file
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.cli_errors import OneLineParser, fail, is_about_settings, is_about_the_disk
@@ -194,7 +194,7 @@ class TheriaCLI(LightningCLI):
             if is_about_settings(error):
                 fail(str(error))
             self._say_where_all_is()
-            if isinstance(error, UnhealthyTrainingError):
+            if isinstance(error, (UnhealthyTrainingError, UnhealthyGatesError)):
                 fail(str(error), status=1)
             if is_about_the_disk(error):
                 fail(f"nothing can be written any more: {error}", status=1)

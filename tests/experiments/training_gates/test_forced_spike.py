@@ -102,7 +102,7 @@ def test_it_passes_for_the_rollback_as_it_is(sound):
     gate = spike_gate(sound)
     assert gate.passed, gate
     back = SPIKE_AT - EVERY
-    assert f"from step {SPIKE_AT + 2} back to {back}: weights equal, optimiser equal" in gate.measured
+    assert f"from step {SPIKE_AT + 1} back to {back}: weights equal, optimiser equal" in gate.measured
     steps = [visit.step for visit in sound.visits]
     assert steps == [*range(0, SPIKE_AT + 1, EVERY), *range(back, STEPS, EVERY)]
 
@@ -111,7 +111,7 @@ def test_the_spike_is_in_the_checkpoint_and_comes_once(sound):
     ruined, again = (visit for visit in sound.visits if visit.step == SPIKE_AT)
     assert {f"rollback_{SPIKE_AT:06d}.ckpt", f"step_{SPIKE_AT:06d}.ckpt"} <= ruined.files
     assert ruined.weights != again.weights
-    assert sound.undone["step"].max() == SPIKE_AT + 2
+    assert sound.undone["step"].max() == SPIKE_AT + 1
 
 
 def test_without_a_spike_there_is_nothing_to_show(tmp_path):

@@ -86,7 +86,7 @@ class PPLDeltaRollback(Callback):
         trigger: Trigger = "robust",
         threshold: float = 0.05,
         z_limit: float = 6.0,
-        z_alone: float = 30.0,
+        z_alone: float = 12.0,
         baseline_steps: int = 100,
         warm_up: int = 100,
         patience: int = 2,

@@ -44,7 +44,7 @@ class TrainingHealth:
     """
 
     def __init__(
-        self, baseline: PerplexityBaseline, trigger: Trigger, patience: int, z_alone: float = 30.0
+        self, baseline: PerplexityBaseline, trigger: Trigger, patience: int, z_alone: float = 12.0
     ) -> None:
         self.baseline = baseline
         self.trigger = trigger

@@ -21,8 +21,8 @@ class Outcome:
     """How a run with a fault ended.
 
     Attributes:
-        caught_after: for each rollback, the steps from the first that was broken to the one after which
-            training was taken back, both included; None for a fault that was not found.
+        caught_after: for each rollback, how many steps after the first broken one training was taken back,
+            0 for the same; None for a fault that was not found.
         loss_change: of the final validation loss, relative to the undisturbed run's; NaN without one.
     """
 
@@ -69,7 +69,7 @@ def outcome(run: Figures, undisturbed: Figures) -> Outcome:
     begun = 0
     for end in _rollbacks(run["losses"]):
         hit = [index for index in run["hit"] if begun < index <= end]
-        caught.append(end - hit[0] + 1 if hit else None)
+        caught.append(end - hit[0] if hit else None)
         begun = end
     caught += [None] * (FAULTS[run["fault"]].count - len(caught))
     change = math.nan

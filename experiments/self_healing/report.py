@@ -90,9 +90,9 @@ def _faults(faulty: Sequence[Figures], healthy: Sequence[Figures]) -> list[str]:
     header = ["fault", "job", "caught after steps", *where, "final loss", "beside undisturbed"]
     return [
         f"Each is a real run of the whole length, with checkpoints every {CHECKPOINTS_EVERY} steps and all "
-        "else by default. Steps are counted from the first that is broken to the one that training is taken "
-        "back at, both included; of a perplexity that is the second bad one, as configured. A wrong rate "
-        "shows only once its steps have moved the weights, hence the step that was judged bad first. The "
+        "else by default. A fault is caught so many steps after the first broken one (0: at that step "
+        "itself). A wrong rate shows only once its steps have moved the weights, hence the step that was "
+        "judged bad first. The "
         "final loss is that of validation (query loss of the meta-learner, bits per byte of the language "
         "models), beside the healthy run of the same seed, which has seen the skipped batches and not those "
         "that stand in for them.",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.report import markdown_table
 from experiments.operator_sensitivity.ledger import Ledger, write_csv
 from experiments.operator_sensitivity.plots import draw_all
 from experiments.operator_sensitivity.runs import CELL
@@ -20,12 +21,38 @@ def combine(ledger: Ledger, directory: Path) -> tuple[list[str], StrictAgreement
     """Write the CSVs and pictures of one tag; the lines of its section, and whether FO is FO_STRICT.
 
     Files are ``operator_sensitivity_<tag>_all.csv`` with every run, ``_summary.csv`` with means, intervals
-    and paired gains by configuration, and the pictures.
+    and paired gains by configuration, ``_risk_checks.csv`` where the checks were made, and the pictures.
     """
     table = write_tables(ledger, directory)
     strict = strict_agreement(table, ledger)
     pictures = draw_all(table, ledger, directory, f"{PREFIX}_{ledger.tag}")
-    return section(table, strict, ledger.tag, pictures), strict
+    return [*section(table, strict, ledger.tag, pictures), *_risk_checks(ledger, directory)], strict
+
+
+def risk_checks_csv(directory: Path, tag: str) -> Path:
+    """Where the figures of the risk checks of a tag stand."""
+    return directory / f"{PREFIX}_{tag}_risk_checks.csv"
+
+
+def _risk_checks(ledger: Ledger, directory: Path) -> list[str]:
+    """The checks that were made under the tag, their CSV put beside the page's others; nothing without."""
+    source = risk_checks_csv(ledger.directory, ledger.tag)
+    if not source.exists():
+        return []
+    checks = pd.read_csv(source, keep_default_na=False)
+    write_csv(checks, risk_checks_csv(directory, ledger.tag))
+    lines = [
+        [row["verdict"], row["name"], f"{row['figure']:.3g}", f"{row['limit']:g}", row["note"]]
+        for row in checks.to_dict("records")
+    ]
+    return [
+        "### Risk checks",
+        "",
+        f"Command: `python -m experiments.operator_sensitivity risk --tag {ledger.tag}`, on the same device.",
+        "",
+        *markdown_table(["verdict", "check", "figure", "limit", "conditions"], lines),
+        "",
+    ]
 
 
 def write_tables(ledger: Ledger, directory: Path) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.fit import fit, prepare_process, train
 from experiments.operator_sensitivity.ledger import TIMINGS, Ledger, write_csv
 from experiments.operator_sensitivity.options import add_execution, base_run, parser
-from experiments.operator_sensitivity.report import PREFIX
+from experiments.operator_sensitivity.report import risk_checks_csv
 from experiments.operator_sensitivity.runs import Run, grid
 from theria.attention import scaled_dot_product_attention
 from theria.curvature import relative_difference
@@ -163,5 +163,5 @@ def run_risk_checks(arguments: Sequence[str]) -> int:
     print("\n".join(markdown_table(["verdict", "check", "figure", "limit", "conditions"], lines)))
     rows = [dataclasses.asdict(c) | {"verdict": c.verdict} for c in found]
     args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, args.out / f"{PREFIX}_{args.tag}_risk_checks.csv")
+    write_csv(rows, risk_checks_csv(args.out, args.tag))
     return int(any(check.verdict == "FAIL" for check in found))

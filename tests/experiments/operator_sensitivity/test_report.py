@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.operator_sensitivity.ledger import Ledger
+from experiments.operator_sensitivity.ledger import Ledger, write_csv
 from experiments.operator_sensitivity.plots import draw_all
-from experiments.operator_sensitivity.report import combine, write_page
+from experiments.operator_sensitivity.report import combine, risk_checks_csv, write_page
 from experiments.operator_sensitivity.runs import Run
 
 NOISE = [0.01, -0.012, 0.004, -0.006, 0.002, 0.007, -0.009, 0.004]
@@ -116,6 +116,17 @@ def test_the_csvs_are_named_by_tag_and_hold_every_run(tmp_path, made):
     first = summary[(summary["mode"] == "FULL") & (summary["inner_steps"] == 1)].iloc[0]
     assert first["gain"] == pytest.approx(0.05)
     assert first["statement"] == "FULL higher"
+
+
+def test_risk_checks_of_the_tag_are_part_of_its_section(tmp_path, made):
+    ledger = filled(tmp_path / "runs", made)
+    assert "Risk checks" not in "\n".join(combine(ledger, tmp_path / "out")[0])
+    row = {"name": "parity", "figure": 2.5e-5, "limit": 1e-5, "note": "", "verdict": "WARN"}
+    write_csv([row], risk_checks_csv(tmp_path / "runs", "t"))
+    lines, _ = combine(ledger, tmp_path / "out")
+    assert "| WARN | parity | 2.5e-05 | 1e-05 |  |" in lines
+    kept = pd.read_csv(tmp_path / "out" / f"{PREFIX}_risk_checks.csv", keep_default_na=False)
+    assert kept.to_dict("records") == [row]
 
 
 def test_failures_are_listed(tmp_path, made):

@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from theria.interference.detection import detect_layout, layout_from
 from theria.interference.assembly import assembled
+from theria.interference.detection import detect_layout, layout_from
 from theria.interference.fisher import FISHERS, FisherKind, Ridge, as_ridge, samples_behind
-from theria.interference.gradients import (
-    LossFn,
-    SampleGradients,
-    computation_dtype,
-    has_trained_bias,
-    record_gradients,
-)
+from theria.interference.gradients import LossFn, SampleGradients, record_gradients
+from theria.interference.hooks import LinearMap
 from theria.interference.layout import AttentionLayer
 from theria.interference.result import InterferenceResult
-from theria.interference.selection import select_heads, select_layers
 from theria.interference.scores import VARIANTS, Variant, check_variants
+from theria.interference.selection import select_heads, select_layers
 from theria.interference.store import GradientStore
 from theria.interference.streaming import BlockScores, Settings, block_scores
 
@@ -54,14 +49,16 @@ def compute(
 ) -> InterferenceResult:
     """Scores of every sample of task A against every sample of task B, by block, layer and head.
 
-    Equations and their meaning stand in `theria.interference`. Gradients are taken at the model's parameters in
-    the mode it is in; put it into evaluation mode where dropout is not wanted. Neither parameters nor their
-    ``.grad`` are changed.
+    Equations and their meaning stand in `theria.interference`. Gradients are taken at the model's parameters
+    in the mode it is in; put it into evaluation mode where dropout is not wanted. Neither parameters nor
+    their ``.grad`` are changed. A sample whose loss has no gradient, or none that is finite, in a layer's
+    block has NaN for scores there and counts nowhere else.
 
     Args:
         model: any module with attention, see ``layout``.
-        loss_fn: ``loss_fn(model, sample)``, a scalar; with ``batch_size``, ``loss_fn(model, list of samples)``, one
-            loss for each, the samples being the first dimension of what every projection reads (pad as needed).
+        loss_fn: ``loss_fn(model, sample)``, a scalar; with ``batch_size``, ``loss_fn(model, samples)`` for a
+            list of so many at most, one loss for each, the samples being the first dimension of what every
+            projection reads (padded as needed).
         samples_a, samples_b: whatever ``loss_fn`` takes.
         ids_a, ids_b: names of the samples, hashable and distinct within a task; positions by default.
         variants: among "directional", "signed" and "symmetric".
@@ -72,8 +69,8 @@ def compute(
         blocks: letters among Q, K, V and O; by default all that the model's layers have.
         layout: a mapping as for `layout_from`, or layers; found with `detect_layout` by default.
         min_samples_for_fisher: a warning is given where a mean in the Fisher information has fewer samples.
-        computation_device: of gradients kept and of scores; "auto" is cuda where there is one. Results of "cpu"
-            are the same from run to run.
+        computation_device: of gradients kept and of scores; "auto" is cuda where there is one. Results of
+            "cpu" are the same from run to run.
         memory_budget_mib: held beside the model, its own forward and backward, and the result. Half is for
             gradients of samples, which go to memory-mapped files beyond it, half for the computation.
         per_head: False takes each block as one, and the last axis of the scores has length 1.
@@ -138,23 +135,22 @@ def collect(
     device = _device(computation_device)
     numbers, chosen, letters = select_layers(_layers(model, layout), layers, blocks)
     modules = dict.fromkeys(p.module for layer in chosen for p in layer.projections.values())
-    linears = {name: model.get_submodule(name) for name in modules}
+    linears = {name: LinearMap.of(model.get_submodule(name)) for name in modules}
     half = int(memory_budget_mib * 2**20 / 2)
     store = GradientStore(half, spill_directory)
     tokens, by_autograd = record_gradients(
         model, loss_fn, samples, list(modules), store, ids=names, batch_size=batch_size, device=device
     )
-    dtypes = {computation_dtype(linear.weight.dtype) for linear in linears.values()}
     return SampleGradients(
         ids=names,
         layers=numbers,
         layout=chosen,
         blocks=letters,
-        biased=frozenset(n for n, linear in linears.items() if has_trained_bias(linear)),
+        biased=frozenset(n for n, linear in linears.items() if linear.bias is not None),
         store=store,
         tokens=tuple(tokens),
         by_autograd=by_autograd,
-        dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
+        dtype=max((linear.dtype for linear in linears.values()), key=lambda dtype: dtype.itemsize),
         device=device,
         memory_bytes=half,
     )

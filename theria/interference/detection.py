@@ -13,8 +13,8 @@ _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin"
 _OUTPUTS = ("o_proj", "out_proj", "out_lin", "output.dense")
 _FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "wqkv", "W_pack", "in_proj")
 
-# The order within a fused projection cannot be seen in shapes, and the same child name stands for several
-# (qkv_proj is contiguous in Phi-3 and neither order in CodeGen), so it is known by class or given by the user.
+# The order within a fused projection cannot be seen in shapes, and one child's name stands for several
+# (qkv_proj is contiguous in Phi-3 and neither order in CodeGen): it is known by class, or given by the user.
 _FUSED_CLASSES: dict[str, dict[str, str]] = {
     "GPT2Attention": {"qkv": "c_attn", "o": "c_proj", "order": "contiguous"},
     "GPTNeoXAttention": {"qkv": "query_key_value", "o": "dense", "order": "interleaved"},
@@ -31,8 +31,8 @@ _ATTRIBUTES = {
 _KEYS = ("attention", "q", "k", "v", "qkv", "o", "order", *_ATTRIBUTES)
 
 _HOW = (
-    "Pass layout={'attention': pattern of module names, 'q': ..., 'k': ..., 'v': ... or 'qkv': ... with 'order': "
-    "'contiguous' or 'interleaved', 'o': ..., and where needed 'heads', 'kv_heads', 'head_dim'}"
+    "Pass layout={'attention': pattern of module names, 'q': ..., 'k': ..., 'v': ... or 'qkv': ... with "
+    "'order': 'contiguous' or 'interleaved', 'o': ..., and where needed 'heads', 'kv_heads', 'head_dim'}"
 )
 
 
@@ -41,8 +41,8 @@ def detect_layout(model: nn.Module) -> tuple[AttentionLayer, ...]:
 
     Separate projections are found by their names and measured by their shapes; a fused one is taken apart
     where its class is known (GPT-2, GPT-NeoX, Bloom, Phi-3). An output projection is looked for beside the
-    projections and one module further out. Heads come from the attention module's attributes or its ``config``,
-    and have to agree with the shapes.
+    projections and one module further out. Heads come from the attention module's attributes or its
+    ``config``, and have to agree with the shapes.
 
     Raises:
         ValueError: where no attention is found, a fused projection's order is not known, or sizes disagree;
@@ -98,8 +98,8 @@ def _recognise(name: str, module: nn.Module) -> Mapping[str, Any] | None:
     fused = sorted(children.intersection(_FUSED))
     if looks_like_attention and fused:
         raise ValueError(
-            f"{type(module).__name__} at {name!r} fuses query, key and value in {fused[0]!r} in an order that is "
-            f"not known: {_describe(module)}. {_HOW}"
+            f"{type(module).__name__} at {name!r} fuses query, key and value in {fused[0]!r} in an unknown "
+            f"order: {_describe(module)}. {_HOW}"
         )
     return None
 
@@ -128,7 +128,8 @@ def _layer(model: nn.Module, name: str, names: Mapping[str, Any]) -> AttentionLa
         inputs = linear.shape[0 if transposed else 1]
         if inputs != heads * head_dim:
             raise ValueError(
-                f"{where}: {path!r} reads {inputs} features, but {heads} heads of {head_dim} give {heads * head_dim}"
+                f"{where}: {path!r} reads {inputs} features, but {heads} heads of {head_dim} give "
+                f"{heads * head_dim}"
             )
         projections["O"] = Projection(path, "input", transposed, separate_features(heads, head_dim))
     return AttentionLayer(name, projections, heads)
@@ -193,7 +194,7 @@ def _told(module: nn.Module, names: Mapping[str, Any], size: str) -> Iterator[in
 
 
 def _linear(model: nn.Module, attention: str, child: str) -> tuple[str, nn.Parameter, bool]:
-    """Full name of a linear map in the attention module or one further out, its weight and its orientation."""
+    """Full name of a linear map in the attention module or one further out, its weight and orientation."""
     path = next((p for p in _paths(attention, child) if _module_at(model, p) is not None), None)
     if path is None:
         raise ValueError(

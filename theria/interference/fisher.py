@@ -40,8 +40,8 @@ class Ridge:
         conditional  I + value where I < value / 10, I elsewhere
 
     A value of 0 divides by I itself. Some entries have no gradient but rounding errors, as the bias of keys
-    without rotary positions, which moves all scores of a query alike: divided by their own I they would weigh as
-    much as others in the signed and the symmetric score, and a relative ridge keeps them out.
+    without rotary positions, which moves all scores of a query alike: divided by their own I they would weigh
+    as much as others in the signed and the symmetric score. A relative ridge keeps them out.
 
     Args:
         kind: one of these.
@@ -68,7 +68,7 @@ class Ridge:
         return float(_DEFAULT_VALUES[self.kind] if self.value is None else self.value)
 
     def denominator(self, fisher: Float[Tensor, "*entries"], mean: Float[Tensor, ""]) -> Denominator:
-        """The divisor of entries of I, ``mean`` being that of their whole tensor."""
+        """The divisor of entries of I, ``mean`` being that of their whole block."""
         strength = self.strength
         clamped = torch.zeros_like(fisher, dtype=torch.bool)
         if self.kind == "relative":

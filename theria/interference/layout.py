@@ -48,7 +48,7 @@ class Projection:
         return self.rows(weight)[self.features.to(weight.device)]
 
     def bias_by_head(self, bias: Float[Tensor, " outputs"]) -> Float[Tensor, "heads head_dim"] | None:
-        """Every head's slice of a tensor of the bias's shape; None in O, whose bias is common to all heads."""
+        """Every head's slice of a tensor of the bias's shape; None in O, whose bias all heads share."""
         return bias[self.features.to(bias.device)] if self.side == "output" else None
 
 

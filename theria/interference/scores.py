@@ -47,8 +47,8 @@ def score_matrices(
     shapes = tuple(gradients_a.shape), tuple(gradients_b.shape), tuple(fisher.shape)
     if fisher.ndim != 2 or any(len(s) != 3 or s[1:] != shapes[2] for s in shapes[:2]):
         raise ValueError(
-            "expected gradients (samples, heads, entries) of both tasks and a Fisher information (heads, entries), "
-            f"received {shapes[0]}, {shapes[1]} and {shapes[2]}"
+            "expected gradients (samples, heads, entries) of both tasks and a Fisher information "
+            f"(heads, entries), received {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
     dtypes = {gradients_a.dtype, gradients_b.dtype, fisher.dtype}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:

@@ -24,9 +24,9 @@ I_k is the diagonal of the Fisher information: the mean of g_ik^2 over task A, o
 - Task A's Fisher makes the mean over i of the directional M_ij equal |g_j|_1 without a ridge, whatever task A
   is: averages over samples of A then rank heads by the size of B's gradients alone. M_ij / |g_j|_1 is free of
   that (`InterferenceResult.normalised`).
-- Scale, without ridge and with task A's Fisher: gradients of A times c > 0 leave the directional score and
-  divide the others by c; gradients of B times c multiply all by c. A loss that is a mean over tokens has
-  smaller gradients for longer samples, so the number of tokens stands beside the scores.
+- Scale, with task A's Fisher and a relative ridge or none: gradients of A times c > 0 leave the directional
+  score and divide the others by c; gradients of B times c multiply all by c. A loss that is a mean over
+  tokens has smaller gradients for longer samples, so the number of tokens stands beside the scores.
 - Heads: every key-value head counts once, however many queries it serves. Scores of distinct heads add up to
   those of the block (`per_head=False`), the bias of the output projection left out of both.
 

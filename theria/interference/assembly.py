@@ -78,18 +78,22 @@ def _diagnostics(
     size = np.array([[layer.size] * heads for layer in layers])
     negative = None
     if signed is not None:
-        with np.errstate(invalid="ignore"):
-            negative = (signed < 0).sum(axis=(0, 1)) / np.isfinite(signed).sum(axis=(0, 1))
+        negative = _share((signed < 0).sum(axis=(0, 1)), np.isfinite(signed).sum(axis=(0, 1)))
     return BlockDiagnostics(
         gradient_l1_a=l1[rows_a],
         gradient_l1_b=l1[rows_b],
         live_l1_b=live[rows_b],
         slice_size=size,
-        ridge_share=_stacked(layers, lambda layer: layer.exceeded, axis=0) / size,
-        clamped_share=_stacked(layers, lambda layer: layer.clamped, axis=0) / size,
-        zero_share=_stacked(layers, lambda layer: layer.zero, axis=0) / size,
+        ridge_share=_share(_stacked(layers, lambda layer: layer.exceeded, axis=0), size),
+        clamped_share=_share(_stacked(layers, lambda layer: layer.clamped, axis=0), size),
+        zero_share=_share(_stacked(layers, lambda layer: layer.zero, axis=0), size),
         negative_share=negative,
     )
+
+
+def _share(count: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """The quotient; NaN where there is nothing to take a share of."""
+    return np.divide(count, of, out=np.full(np.shape(of), np.nan), where=np.asarray(of) > 0)
 
 
 def _stacked(

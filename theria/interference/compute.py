@@ -12,12 +12,12 @@ from torch import nn
 
 from theria.interference.assembly import assembled
 from theria.interference.detection import detect_layout, layout_from
-from theria.interference.fisher import FISHERS, FisherKind, Ridge, as_ridge, samples_behind
+from theria.interference.fisher import FISHERS, Ridge, as_ridge, samples_behind
 from theria.interference.gradients import LossFn, SampleGradients, record_gradients
 from theria.interference.hooks import LinearMap
 from theria.interference.layout import AttentionLayer
 from theria.interference.result import InterferenceResult
-from theria.interference.scores import VARIANTS, Variant, check_variants
+from theria.interference.scores import VARIANTS, check_variants
 from theria.interference.selection import select_heads, select_layers
 from theria.interference.store import GradientStore
 from theria.interference.streaming import BlockScores, Settings, block_scores
@@ -33,8 +33,8 @@ def compute(
     *,
     ids_a: Iterable[Hashable] | None = None,
     ids_b: Iterable[Hashable] | None = None,
-    variants: Sequence[Variant] = VARIANTS,
-    fisher: FisherKind = "a",
+    variants: Sequence[str] = VARIANTS,
+    fisher: str = "a",
     ridge: Ridge | float | int = Ridge(),  # noqa: B008 (immutable)
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -161,8 +161,8 @@ def score(
     task_a: range,
     task_b: range,
     *,
-    variants: Sequence[Variant] = VARIANTS,
-    fisher: FisherKind = "a",
+    variants: Sequence[str] = VARIANTS,
+    fisher: str = "a",
     ridge: Ridge | float | int = Ridge(),  # noqa: B008 (immutable)
     heads: Sequence[int] | None = None,
     min_samples_for_fisher: int = 10,
@@ -182,17 +182,17 @@ def score(
             )
         _check_distinct(name, gradients.ids[task.start : task.stop])
     settings = Settings(task_a, task_b, variants, fisher, as_ridge(ridge))
-    chosen = select_heads(gradients.layout, heads)
+    chosen = select_heads(gradients.layout, heads, per_head=per_head)
     _warn(settings, min_samples_for_fisher)
     collected: dict[str, list[BlockScores]] = {block: [] for block in gradients.blocks}
     if task_a and task_b:
         with _full_precision():
             for layer in gradients.layout:
                 for block, projection in layer.projections.items():
-                    features = projection.features[list(chosen[block])]
+                    features = projection.features[chosen[block].places]
                     features = features if per_head else features.reshape(1, -1)
                     collected[block].append(block_scores(gradients, projection, features, settings))
-    names = {block: found if per_head else ("all",) for block, found in chosen.items()}
+    names = {block: found.names for block, found in chosen.items()}
     return assembled(gradients, settings, names, collected)
 
 

@@ -1,17 +1,14 @@
 """The diagonal Fisher information that scores divide by, and what is added to it where it is small."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-FisherKind = Literal["a", "pooled", "pooled_n"]
-FISHERS: tuple[FisherKind, ...] = get_args(FisherKind)
-
-RidgeKind = Literal["relative", "absolute", "floor", "conditional"]
-_DEFAULT_VALUES: dict[str, float] = {"relative": 1e-3, "absolute": 1e-8, "floor": 1e-10, "conditional": 1e-8}
+FISHERS = ("a", "pooled", "pooled_n")
+_DEFAULT_VALUES = {"relative": 1e-3, "absolute": 1e-8, "floor": 1e-10, "conditional": 1e-8}
 
 
 class Denominator(NamedTuple):
@@ -51,7 +48,7 @@ class Ridge:
         ValueError: for an unknown kind, or a value that is negative or not finite.
     """
 
-    kind: RidgeKind = "relative"
+    kind: str = "relative"
     value: float | int | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +89,7 @@ def as_ridge(ridge: Ridge | float | int) -> Ridge:
 
 
 def pooled_fisher(
-    kind: FisherKind,
+    kind: str,
     sum_a: Float[Tensor, "*entries"],
     count_a: int,
     sum_b: Float[Tensor, "*entries"],
@@ -113,6 +110,6 @@ def pooled_fisher(
     return (sum_a + sum_b) / max(count_a + count_b, 1)
 
 
-def samples_behind(kind: FisherKind, count_a: int, count_b: int) -> int:
+def samples_behind(kind: str, count_a: int, count_b: int) -> int:
     """Samples that the least supported mean in I is taken over."""
     return {"a": count_a, "pooled": min(count_a, count_b), "pooled_n": count_a + count_b}[kind]

@@ -65,6 +65,7 @@ class Calls:
     def __init__(self, linears: Mapping[str, LinearMap]) -> None:
         self._linears = linears
         self._calls: list[_Call] = []
+        self._without_graph: list[str] = []
 
     def __enter__(self) -> "Calls":
         self._handles = [
@@ -85,7 +86,15 @@ class Calls:
         """One backward: by call the map's name, its input and the gradient of its output; then parameters'.
 
         Calls that the loss does not depend on are left out, parameters that it does not are None.
+
+        Raises:
+            ValueError: where calls were run by reentrant checkpointing, whose forward has no graph.
         """
+        if self._without_graph and _has_node(loss, "CheckpointFunctionBackward"):
+            raise ValueError(
+                f"{self._without_graph[0]!r} was run by reentrant checkpointing, which hides its gradient "
+                "from everything but loss.backward(): checkpoint with use_reentrant=False"
+            )
         wanted = [call.edge for call in self._calls] + list(parameters)
         if not wanted:
             return [], []
@@ -100,7 +109,9 @@ class Calls:
 
     def _noting(self, name: str) -> Any:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-            if output.requires_grad:
+            if not torch.is_grad_enabled():
+                self._without_graph.append(name)
+            elif output.requires_grad:
                 inputs = (args or tuple(kwargs.values()))[0]
                 # an edge stays right when the output is changed in place afterwards
                 self._calls.append(_Call(name, inputs, get_gradient_edge(output)))
@@ -137,6 +148,20 @@ def factors_by_sample(
             parts.setdefault(name, []).append(Factors(kept[key], outputs[sample][used[key]].to(device)))
         samples.append({name: _joined(found) for name, found in parts.items()})
     return samples
+
+
+def _has_node(loss: Tensor, name: str) -> bool:
+    """Whether a node of that class stands in the graph of a loss."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == name:
+            return True
+        seen.add(node)
+        pending += [earlier for earlier, _ in node.next_functions]
+    return False
 
 
 def _by_sample(x: Tensor, count: int | None) -> Tensor:

@@ -11,8 +11,6 @@ from torch import Tensor
 BLOCKS = "QKVO"
 """Query, key, value and output projection, in the order of results."""
 
-Order = Literal["contiguous", "interleaved"]
-
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -73,7 +71,7 @@ def separate_features(heads: int, head_dim: int) -> Int64[Tensor, "{heads} {head
 
 
 def fused_features(
-    order: Order, heads: int, kv_heads: int, head_dim: int
+    order: str, heads: int, kv_heads: int, head_dim: int
 ) -> dict[str, Int64[Tensor, "_ {head_dim}"]]:
     """Output features of a fused query-key-value projection, by block.
 

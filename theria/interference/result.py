@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from theria.interference.fisher import FisherKind, Ridge
-from theria.interference.scores import Variant
+from theria.interference.fisher import Ridge
 
 Head = int | str
 
@@ -30,7 +29,7 @@ class BlockDiagnostics:
         gradient_l1_a, gradient_l1_b: |g_i|_1 and |g_j|_1 over a slice, [nA, L, H] and [nB, L, H].
         live_l1_b: the same of B over entries with I > 0 alone, which mean_i M_ij equals for the directional
             score with task A's Fisher and no ridge.
-        slice_size: entries of a slice, [L, H].
+        slice_size: entries of a slice, [L, H]; 0, and the shares NaN, where no sample has a gradient.
         ridge_share: share of a slice's entries to which the ridge adds more than I holds, [L, H].
         clamped_share: share that lies below the ridge's threshold, [L, H]; 0 for a relative ridge.
         zero_share: share with I = 0, which contribute nothing, [L, H].
@@ -74,7 +73,7 @@ class InterferenceResult:
     missing_b: Mapping[str, np.ndarray]
     tokens_a: np.ndarray
     tokens_b: np.ndarray
-    fisher: FisherKind
+    fisher: str
     ridge: Ridge
     diagnostics: Mapping[str, BlockDiagnostics]
 
@@ -92,7 +91,7 @@ class InterferenceResult:
         """Pairs without a score, [nA, nB, layers]: a gradient of either sample is missing."""
         return self.missing_a[block][:, None] | self.missing_b[block][None, :]
 
-    def normalised(self, variant: Variant, block: str) -> np.ndarray:
+    def normalised(self, variant: str, block: str) -> np.ndarray:
         """M_ij / |g_j|_1, [nA, nB, layers, heads]; NaN where g_j is 0.
 
         Under task A's Fisher without a ridge the mean over i of the directional M_ij is |g_j|_1 whatever task
@@ -102,7 +101,7 @@ class InterferenceResult:
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.scores[variant][block] / np.where(size == 0, np.nan, size)
 
-    def layer_head_avg(self, variant: Variant, block: str, *, normalised: bool = False) -> np.ndarray:
+    def layer_head_avg(self, variant: str, block: str, *, normalised: bool = False) -> np.ndarray:
         """Mean over the pairs that have a score, [layers, heads]; 0 without samples, NaN without scores."""
         values = self.normalised(variant, block) if normalised else self.scores[variant][block]
         if not values.shape[0] or not values.shape[1]:
@@ -111,7 +110,7 @@ class InterferenceResult:
         with np.errstate(invalid="ignore"):
             return np.where(counted, values, 0).sum(axis=(0, 1)) / counted.sum(axis=(0, 1))
 
-    def top_conflicts(self, variant: Variant, block: str, k: int) -> list[Conflict]:
+    def top_conflicts(self, variant: str, block: str, k: int) -> list[Conflict]:
         """The k strongest conflicts, strongest first; fewer where there are fewer.
 
         Strongest are the largest scores, and for the signed variant the most negative: only scores below 0

@@ -1,7 +1,7 @@
 """The scores of all pairs of samples, from their gradients: one matrix product over heads a variant."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from theria.interference.fisher import Ridge, as_ridge
 
-Variant = Literal["directional", "signed", "symmetric"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
+VARIANTS = ("directional", "signed", "symmetric")
 
 
 def score_matrices(
@@ -18,7 +17,7 @@ def score_matrices(
     gradients_b: Tensor,
     fisher: Tensor,
     *,
-    variants: Sequence[Variant] = VARIANTS,
+    variants: Sequence[str] = VARIANTS,
     ridge: Ridge | float | int = Ridge(),  # noqa: B008 (immutable)
 ) -> dict[str, Tensor]:
     r"""Scores of every pair of samples in every head, from given gradients of one tensor.

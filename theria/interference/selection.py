@@ -1,8 +1,10 @@
 """Which layers, blocks and heads of a layout a computation looks at."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from theria.interference.layout import BLOCKS, AttentionLayer
+from theria.interference.result import Head
 
 
 def select_layers(
@@ -30,23 +32,35 @@ def select_layers(
     return numbers, tuple(reduced), letters
 
 
-def select_heads(layout: Sequence[AttentionLayer], heads: Sequence[int] | None) -> dict[str, tuple[int, ...]]:
+class Selection(NamedTuple):
+    """Heads of one block: how to take them from all, and how the result calls them."""
+
+    places: slice | list[int]
+    names: tuple[Head, ...]
+
+
+def select_heads(
+    layout: Sequence[AttentionLayer], heads: Sequence[int] | None, *, per_head: bool
+) -> dict[str, Selection]:
     """By block, the heads to look at: query heads as given, and the key-value heads that serve them.
 
     Raises:
         ValueError: for layers of different numbers of heads, whose arrays would not stack, or heads that are
             not there, named twice or none.
     """
-    counts = {block: {x.projections[block].heads for x in layout} for block in layout[0].projections}
-    uneven = {block: sorted(found) for block, found in counts.items() if len(found) > 1}
+    blocks = layout[0].projections
+    if heads is None and not per_head:
+        return {block: Selection(slice(None), ("all",)) for block in blocks}
+    counts = {block: sorted({x.projections[block].heads for x in layout}) for block in blocks}
+    uneven = {block: found for block, found in counts.items() if len(found) > 1}
     if uneven:
         raise ValueError(f"layers have different numbers of heads, {uneven}: choose layers that agree")
-    sizes = {block: found.pop() for block, found in counts.items()}
-    if heads is None:
-        return {block: tuple(range(size)) for block, size in sizes.items()}
-    queries = max(x.heads for x in layout)
-    if not heads or len(set(heads)) < len(heads) or not set(heads) <= set(range(queries)):
+    queries = layout[0].heads
+    wanted = tuple(range(queries)) if heads is None else tuple(heads)
+    if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(queries)):
         raise ValueError(f"heads must be distinct numbers below {queries}, received {heads}")
-    return {
-        block: tuple(dict.fromkeys(head * size // queries for head in heads)) for block, size in sizes.items()
-    }
+    found = {}
+    for block, (size,) in counts.items():
+        places = list(dict.fromkeys(head * size // queries for head in wanted))
+        found[block] = Selection(places, tuple(places) if per_head else ("all",))
+    return found

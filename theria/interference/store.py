@@ -1,6 +1,8 @@
 """Per-sample gradients of linear maps, kept as factors, in memory or in memory-mapped files."""
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +53,7 @@ class GradientStore:
         self.held_bytes = 0
         self.spilled_bytes = 0
         self._parent = directory
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: Path | None = None
         self._records: list[Record] = []
 
     def __len__(self) -> int:
@@ -75,8 +77,9 @@ class GradientStore:
     def _mapped(self, tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The tensors as views of a file, by the same keys."""
         if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="interference-", dir=self._parent)
-        path = Path(self._directory.name) / f"{len(self._records)}.safetensors"
+            self._directory = Path(tempfile.mkdtemp(prefix="interference-", dir=self._parent))
+            weakref.finalize(self, shutil.rmtree, self._directory)
+        path = self._directory / f"{len(self._records)}.safetensors"
         save_file({str(key): t.cpu().contiguous() for key, t in tensors.items()}, path)
         return {int(key): t for key, t in load_file(path).items()}
 

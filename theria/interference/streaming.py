@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from theria.interference.fisher import Denominator, FisherKind, Ridge, pooled_fisher
+from theria.interference.fisher import Denominator, Ridge, pooled_fisher
 from theria.interference.gradients import SampleGradients
 from theria.interference.layout import Projection
 from theria.interference.scores import add_scores, empty_scores, weights
@@ -25,7 +25,7 @@ class Settings:
     task_a: range
     task_b: range
     variants: Sequence[str]
-    fisher: FisherKind
+    fisher: str
     ridge: Ridge
 
 

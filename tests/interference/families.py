@@ -36,7 +36,7 @@ NORMS = ("norm", "ln_")
 
 @dataclass(frozen=True)
 class Family:
-    """Heads, key-value heads and their width; what each owns, (parameter, index), by layer, block and head."""
+    """Heads, key-value heads and their width; what each owns by layer, block and head."""
 
     heads: int
     kv_heads: int

@@ -41,8 +41,9 @@ def weight_and_bias(model, gradients, sample, module):
     torch.testing.assert_close(turned, weight.mT)
     bias = None
     if linear.bias is not None:
-        bias = torch.empty(outputs, dtype=gradients.dtype)
+        bias = torch.empty(outputs, 1, dtype=gradients.dtype)
         gradient_bias(kept, torch.arange(outputs), bias)
+        bias = bias[:, 0]
     return linear.outputs_by_inputs(weight), bias
 
 

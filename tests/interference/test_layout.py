@@ -143,6 +143,10 @@ def test_a_mapping_describes_what_is_not_known():
     assert first.projections["Q"].features.tolist() == [[0, 1], [6, 7]]
     assert first.projections["V"].features.tolist() == [[4, 5], [10, 11]]
     assert first.projections["O"].side == "input"
+    nested = nn.ModuleDict({"blocks": model})
+    mapping |= {"attention": "blocks.*", "o": None, "heads": 2}
+    del nested["blocks"]["c"]
+    assert [layer.name for layer in layout_from(nested, mapping)] == ["blocks.a", "blocks.b"]
     separate = nn.ModuleDict({n: nn.Linear(4, 4 if n == "wq" else 2) for n in ("wq", "wk", "wv")})
     mapping = {"attention": "", "q": "wq", "k": "wk", "v": "wv", "head_dim": 2, "o": None}
     (layer,) = layout_from(separate, mapping)

@@ -31,7 +31,7 @@ def trained_language_model():
         optimizer.zero_grad()
         F.cross_entropy(model(drawn).logits[:, :-1].flatten(0, 1), drawn[:, 1:].flatten()).backward()
         optimizer.step()
-    return model, sequence_loss, list(up[:8]), list(down[8:16])
+    return model, sequence_loss, list(up[:6]), list(down[8:14])
 
 
 def trained_classifier():
@@ -52,7 +52,7 @@ def trained_classifier():
 
 
 def preconditioned_steps(model, loss_fn, samples_a, slices, size):
-    """For each sample the change of the slices by -size g / (I + ridge), ridge by the mean over whole blocks."""
+    """For each sample the change of the slices by -size g / (I + ridge), the ridge from whole blocks."""
     whole = []
     for sample in samples_a:
         found = torch.autograd.grad(loss_fn(model, sample), [parameter for parameter, _, _ in slices])

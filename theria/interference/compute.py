@@ -20,7 +20,7 @@ from theria.interference.result import InterferenceResult
 from theria.interference.scores import VARIANTS, check_variants
 from theria.interference.selection import select_heads, select_layers
 from theria.interference.store import GradientStore
-from theria.interference.streaming import BlockScores, Settings, block_scores
+from theria.interference.streaming import BlockScores, Buffers, Settings, block_scores
 
 Layout = Mapping[str, Any] | Sequence[AttentionLayer]
 
@@ -186,12 +186,13 @@ def score(
     _warn(settings, min_samples_for_fisher)
     collected: dict[str, list[BlockScores]] = {block: [] for block in gradients.blocks}
     if task_a and task_b:
+        buffers = Buffers()
         with _full_precision():
             for layer in gradients.layout:
                 for block, projection in layer.projections.items():
                     features = projection.features[chosen[block].places]
                     features = features if per_head else features.reshape(1, -1)
-                    collected[block].append(block_scores(gradients, projection, features, settings))
+                    collected[block].append(block_scores(gradients, projection, features, settings, buffers))
     names = {block: found.names for block, found in chosen.items()}
     return assembled(gradients, settings, names, collected)
 

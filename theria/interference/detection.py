@@ -63,7 +63,7 @@ def layout_from(model: nn.Module, mapping: Mapping[str, Any]) -> tuple[Attention
 
     Args:
         model: holds them.
-        mapping: ``attention``, a pattern of dotted module names ("*" is any text); the names of the
+        mapping: ``attention``, a pattern of dotted module names ("*" is any one part); the names of the
             projections within these modules or one module further out: ``q``, ``k`` and ``v``, or ``qkv`` and
             its ``order`` (see `fused_features`), and ``o`` where there is one; ``heads``, ``kv_heads`` and
             ``head_dim`` where they cannot be found as in `detect_layout`.
@@ -76,10 +76,16 @@ def layout_from(model: nn.Module, mapping: Mapping[str, Any]) -> tuple[Attention
     missing = [key for key in ("attention", *wanted) if key not in mapping]
     if unknown or missing:
         raise ValueError(f"layout has unknown keys {unknown} and lacks {missing}; known are {list(_KEYS)}")
-    matched = [name for name, _ in model.named_modules() if fnmatchcase(name, mapping["attention"])]
+    matched = [name for name, _ in model.named_modules() if _matches(name, mapping["attention"])]
     if not matched:
         raise ValueError(f"no module's name matches {mapping['attention']!r}; there are {_inventory(model)}")
     return tuple(_layer(model, name, mapping) for name in matched)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether every part of a dotted name matches that of the pattern."""
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _recognise(name: str, module: nn.Module) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ from theria.interference.hooks import Calls, LinearMap, factors_by_sample
 from theria.interference.layout import AttentionLayer
 from theria.interference.store import Factors, Gradient, GradientStore, Whole
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+LossFn = Callable[[Any, Any], Tensor]
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.05

@@ -1,7 +1,6 @@
 """The scores of all pairs of samples, from their gradients: one matrix product over heads a variant."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -53,19 +52,9 @@ def score_matrices(
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise ValueError(f"gradients and Fisher must all be float32, or all float64, received {dtypes}")
     divisor = as_ridge(ridge).denominator(fisher, fisher.mean())
-    task_a = slice(0, len(gradients_a))
-    task_b = slice(len(gradients_a), len(gradients_a) + len(gradients_b))
-    both = torch.cat((gradients_a, gradients_b))
-    scores = empty_scores(variants, (shapes[2][0], shapes[0][0], shapes[1][0]), both)
-    add_scores(scores, both, task_a, task_b, weights(divisor.value, divisor.zero))
+    scores = empty_scores(variants, (shapes[2][0], shapes[0][0], shapes[1][0]), fisher)
+    add_scores(scores, gradients_a, gradients_b.clone(), weights(divisor.value, divisor.zero))
     return scores
-
-
-class Magnitudes(NamedTuple):
-    """Sums of |g| over a slice's entries, and over those of them that are not zero in I."""
-
-    all_entries: Float[Tensor, "samples heads"]
-    live_entries: Float[Tensor, "samples heads"]
 
 
 def check_variants(variants: Sequence[str]) -> None:
@@ -87,33 +76,28 @@ def empty_scores(variants: Sequence[str], shape: tuple[int, int, int], like: Ten
 
 def add_scores(
     scores: Mapping[str, Float[Tensor, "heads a b"]],
-    gradients: Float[Tensor, "samples heads entries"],
-    task_a: slice,
-    task_b: slice,
+    gradients_a: Float[Tensor, "a heads entries"],
+    gradients_b: Float[Tensor, "b heads entries"],
     weight: Float[Tensor, "heads entries"],
     scratch: Float[Tensor, "a heads entries"] | None = None,
-) -> Magnitudes:
-    """Add what these entries contribute to the scores. ``gradients`` become their absolute values.
+) -> None:
+    """Add what these entries contribute to the scores; ``gradients_b`` become their absolute values.
 
     Args:
         scores: added to, by variant.
-        gradients: of the samples of both tasks, overwritten.
-        task_a, task_b: where the tasks' samples stand; they may overlap.
+        gradients_a, gradients_b: of the tasks. They may share samples in memory.
         weight: of the entries, 1 / I.
-        scratch: where products of the size of task A's gradients may be kept.
+        scratch: overwritten; memory for what is made of task A's gradients, new by default.
     """
     # g_i / I; in place of it |g_i| / I and then g_i^2 / I, so that three variants need one buffer
-    left = torch.mul(gradients[task_a], weight, out=scratch)
+    left = torch.mul(gradients_a, weight, out=scratch)
     if "signed" in scores:
-        _add_products(scores["signed"], left, gradients[task_b])
-    gradients.abs_()
+        _add_products(scores["signed"], left, gradients_b)
+    gradients_b.abs_()
     if "symmetric" in scores:
-        _add_products(scores["symmetric"], left.abs_(), gradients[task_b])
+        _add_products(scores["symmetric"], left.abs_(), gradients_b)
     if "directional" in scores:
-        _add_products(scores["directional"], left.abs_().mul_(gradients[task_a]), gradients[task_b])
-    live = (weight > 0).to(gradients.dtype).unsqueeze(-1)
-    on_live = torch.bmm(gradients.transpose(0, 1), live).squeeze(-1).T
-    return Magnitudes(gradients.sum(dim=-1), on_live)
+        _add_products(scores["directional"], left.mul_(gradients_a).abs_(), gradients_b)
 
 
 def _add_products(

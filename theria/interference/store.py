@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def other_features(gradient: Gradient, side: str) -> int:
 
 
 def gradient_rows(
-    gradient: Gradient, side: str, features: Tensor, out: Float[Tensor, "features other"]
+    gradient: Gradient, side: str, features: Int64[Tensor, "*heads"], out: Float[Tensor, "features other"]
 ) -> None:
     """Write the rows of the gradient that belong to some features of one side of the map.
 
@@ -109,34 +109,37 @@ def gradient_rows(
         features: their indices.
         out: receives the rows, in the dtype and on the device of the computation.
     """
-    features = features.to(out.device)
     if isinstance(gradient, Whole):
         weight = gradient.weight if side == "output" else gradient.weight.mT
-        out.copy_(weight.index_select(0, features.to(weight.device)))
+        out.copy_(weight[features.flatten().to(weight.device)])
         return
     inputs, outputs = gradient
     owned, other = (outputs, inputs) if side == "output" else (inputs, outputs)
     torch.mm(_columns(owned, features).to(out).T, other.to(out), out=out)
 
 
-def gradient_bias(gradient: Gradient, features: Tensor, out: Float[Tensor, " features"]) -> None:
+def gradient_bias(
+    gradient: Gradient, features: Int64[Tensor, "*heads"], out: Float[Tensor, "features 1"]
+) -> None:
     """Write the gradient of the bias of some outputs."""
     if isinstance(gradient, Whole):
         if gradient.bias is None:
             raise ValueError("this map has no bias")
-        out.copy_(gradient.bias[features.to(gradient.bias.device)])
+        out[:, 0] = gradient.bias[features.flatten().to(gradient.bias.device)]
     else:
-        out.copy_(_columns(gradient.outputs, features).to(out).sum(dim=0))
+        out[:, 0] = _columns(gradient.outputs, features).to(out).sum(dim=0)
 
 
-def squared_norm(gradient: Gradient, side: str, features: Tensor, like: Tensor) -> Float[Tensor, ""]:
+def squared_norm(
+    gradient: Gradient, side: str, features: Int64[Tensor, "*heads"], like: Tensor
+) -> Float[Tensor, ""]:
     """Sum of squares of those rows, without forming them where tokens are few.
 
     With X and D the factors, |D^T X|^2 = sum((X X^T) * (D D^T)).
     """
     if isinstance(gradient, Whole):
         weight = gradient.weight if side == "output" else gradient.weight.mT
-        return weight.index_select(0, features.to(weight.device)).to(like).square().sum()
+        return weight[features.flatten().to(weight.device)].to(like).square().sum()
     inputs, outputs = gradient
     owned, other = (outputs, inputs) if side == "output" else (inputs, outputs)
     owned, other = _columns(owned, features).to(like), other.to(like)
@@ -146,9 +149,12 @@ def squared_norm(gradient: Gradient, side: str, features: Tensor, like: Tensor) 
     return (owned.T @ other).square().sum()
 
 
-def _columns(matrix: Float[Tensor, "tokens all"], features: Tensor) -> Float[Tensor, "tokens some"]:
+def _columns(
+    matrix: Float[Tensor, "tokens all"], features: Int64[Tensor, "*heads"]
+) -> Float[Tensor, "tokens some"]:
     """Columns of a matrix; a view where they stand one after the other."""
-    first, count = int(features[0]), len(features)
-    if int(features[-1]) - first + 1 == count:
+    chosen = features.flatten()
+    first, count = int(chosen[0]), len(chosen)
+    if torch.equal(chosen, torch.arange(first, first + count)):
         return matrix[:, first : first + count]
-    return matrix.index_select(1, features.to(matrix.device))
+    return matrix[:, chosen.to(matrix.device)]

@@ -1,7 +1,9 @@
 """The scores of one block of one layer, a chunk of its parameters at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,8 +16,8 @@ from theria.interference.layout import Projection
 from theria.interference.scores import add_scores, empty_scores, weights
 from theria.interference.store import Gradient, gradient_bias, gradient_rows, other_features, squared_norm
 
-_CPU_CHUNK_BYTES = 32 * 2**20
-"""Gradients beyond this leave the processor's cache between two operations on them."""
+_CPU_CHUNK_BYTES = 128 * 2**20
+"""Enough rows for matrix products to be fast; with more, other operations wait longer for memory."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,22 @@ class Settings:
     variants: Sequence[str]
     fisher: str
     ridge: Ridge
+
+
+class Buffers:
+    """Memory that one block after the other works in, since new pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of that shape, of whatever content, in the memory that the name last had."""
+        size = math.prod(shape)
+        if name not in self._held or self._held[name].numel() < size:
+            # what is too small goes before its successor comes
+            self._held.pop(name, None)
+            self._held[name] = like.new_empty(size)
+        return self._held[name][:size].view(*shape)
 
 
 class BlockScores(NamedTuple):
@@ -47,6 +65,7 @@ def block_scores(
     projection: Projection,
     features: Int64[Tensor, "heads head_dim"],
     settings: Settings,
+    buffers: Buffers,
 ) -> BlockScores:
     """Scores of the given features of a projection, weight and bias together.
 
@@ -56,9 +75,16 @@ def block_scores(
         min(settings.task_a.start, settings.task_b.start), max(settings.task_a.stop, settings.task_b.stop)
     )
     found = [gradients.store[sample].get(projection.module) for sample in both]
-    block = _Block(gradients, projection, features, settings, both, found)
+    block = _Block(gradients, projection, features, settings, both, found, buffers)
     block.add(biased=projection.module in gradients.biased and projection.side == "output")
     return block.result()
+
+
+class _Chunk(NamedTuple):
+    """Gradients of some entries of some heads, and I of these entries."""
+
+    gradients: Float[Tensor, "samples heads entries"]
+    fisher: Float[Tensor, "heads entries"]
 
 
 class _Block:
@@ -72,12 +98,17 @@ class _Block:
         settings: Settings,
         both: range,
         found: Sequence[Gradient | None],
+        buffers: Buffers,
     ) -> None:
+        self.buffers = buffers
         self.projection, self.features, self.settings, self.found = projection, features, settings, found
         self.memory_bytes = gradients.memory_bytes
         self.like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
         self.task_a = _slice(settings.task_a, both)
         self.task_b = _slice(settings.task_b, both)
+        # samples whose squares the Fisher information is made of
+        self.squared_a = range(self.task_a.start, self.task_a.stop)
+        self.squared_b = range(0) if settings.fisher == "a" else range(self.task_b.start, self.task_b.stop)
         self.present = torch.tensor([gradient is not None for gradient in found])
         self.count_a = int(self.present[self.task_a].sum())
         self.count_b = int(self.present[self.task_b].sum())
@@ -93,17 +124,15 @@ class _Block:
         present = [gradient for gradient in self.found if gradient is not None]
         if not present:
             return
-        others = other_features(present[0], self.projection.side)
-        bias = self._bias() if biased else None
+        side = self.projection.side
+        others = other_features(present[0], side)
+        of_bias = partial(gradient_bias, features=self.features)
+        bias = self._form("bias", (*self.features.shape, 1), of_bias) if biased else None
         mean = self._mean(bias, self.features.numel() * (others + biased))
         for heads, rows in self._chunks(others):
             features = self.features[heads, rows]
-            chunk = self.like.new_zeros(len(self.found), *features.shape, others)
-            for out, gradient in zip(chunk, self.found, strict=True):
-                if gradient is not None:
-                    gradient_rows(gradient, self.projection.side, features.flatten(), out.flatten(0, 1))
-            self._add(heads, chunk.flatten(2), mean)
-            del chunk
+            write = partial(gradient_rows, side=side, features=features)
+            self._add(heads, self._form("weight", (*features.shape, others), write), mean)
         if bias is not None:
             self._add(slice(None), bias, mean)
 
@@ -114,35 +143,45 @@ class _Block:
             self.scores, self.l1, self.live_l1, clamped, exceeded, zero, self.size, ~self.present
         )
 
-    def _bias(self) -> Float[Tensor, "samples heads head_dim"]:
-        """Gradients of the bias."""
-        bias = self.like.new_zeros(len(self.found), *self.features.shape)
-        for out, gradient in zip(bias, self.found, strict=True):
-            if gradient is not None:
-                gradient_bias(gradient, self.features.flatten(), out.flatten())
-        return bias
+    def _form(self, name: str, shape: Sequence[int], write: Callable[..., None]) -> _Chunk:
+        """Gradients of entries of shape (heads, rows, others), in the buffer of that name, and their I."""
+        gradients = self.buffers.take(name, (len(self.found), *shape), self.like)
+        sum_a, sum_b = self.like.new_zeros(2, *shape)
+        for number, (out, gradient) in enumerate(zip(gradients, self.found, strict=True)):
+            if gradient is None:
+                out.zero_()
+                continue
+            write(gradient, out=out.flatten(0, 1))
+            # here, because what was just written is still in the processor's cache
+            if number in self.squared_a:
+                sum_a.addcmul_(out, out)
+            if number in self.squared_b:
+                sum_b.addcmul_(out, out)
+        fisher = pooled_fisher(self.settings.fisher, sum_a, self.count_a, sum_b, self.count_b)
+        return _Chunk(gradients.flatten(2), fisher.flatten(1))
 
-    def _mean(self, bias: Tensor | None, entries: int) -> Tensor:
+    def _mean(self, bias: _Chunk | None, entries: int) -> Tensor:
         """Mean of I over the block, which is taken before any chunk: 0 for a ridge that does without it."""
         if self.settings.ridge.kind != "relative":
             return self.like
-        norms = torch.zeros(len(self.found), dtype=torch.float64, device=self.like.device)
-        if bias is not None:
-            norms += bias.flatten(1).square().sum(dim=1)
+        side, features = self.projection.side, self.features
+        sum_a, sum_b = torch.zeros(2, dtype=torch.float64, device=self.like.device)
         for number, gradient in enumerate(self.found):
-            if gradient is not None:
-                norms[number] += squared_norm(
-                    gradient, self.projection.side, self.features.flatten(), self.like
-                )
-        sums = norms[self.task_a].sum(), norms[self.task_b].sum()
-        pooled = pooled_fisher(self.settings.fisher, sums[0], self.count_a, sums[1], self.count_b)
-        return (pooled / entries).to(self.like)
+            if gradient is None or number not in {*self.squared_a, *self.squared_b}:
+                continue
+            norm = squared_norm(gradient, side, features, self.like)
+            sum_a += norm if number in self.squared_a else 0
+            sum_b += norm if number in self.squared_b else 0
+        total = pooled_fisher(self.settings.fisher, sum_a, self.count_a, sum_b, self.count_b)
+        if bias is not None:
+            total = total + bias.fisher.sum()
+        return (total / entries).to(self.like)
 
     def _chunks(self, others: int) -> Iterator[tuple[slice, slice]]:
         """Several whole heads, or several rows of one head, at a time."""
         heads, head_dim = self.features.shape
-        # gradients, what is made of task A's, and per entry I, its divisor, weight and masks
-        row_bytes = (len(self.found) + self.count_a + 5) * others * self.like.element_size()
+        # gradients, what is made of task A's, and per entry sums, I, its divisor, weight and masks
+        row_bytes = (len(self.found) + len(self.squared_a) + 7) * others * self.like.element_size()
         limit = self.memory_bytes
         if self.like.device.type == "cpu":
             limit = min(limit, max(_CPU_CHUNK_BYTES, row_bytes))
@@ -160,23 +199,21 @@ class _Block:
                 (slice(head, head + 1), part) for head in range(heads) for part in _parts(head_dim, rows)
             )
 
-    def _add(self, heads: slice, chunk: Float[Tensor, "samples heads entries"], mean: Tensor) -> None:
+    def _add(self, heads: slice, chunk: _Chunk, mean: Tensor) -> None:
         """Add a chunk of some heads' entries to everything."""
-        task_a, task_b = chunk[self.task_a], chunk[self.task_b]
-        scratch = torch.empty_like(task_a)
-        sum_a = torch.mul(task_a, task_a, out=scratch).sum(dim=0)
-        sum_b = torch.zeros_like(sum_a) if self.settings.fisher == "a" else task_b.square().sum(dim=0)
-        fisher = pooled_fisher(self.settings.fisher, sum_a, self.count_a, sum_b, self.count_b)
-        divisor = self.settings.ridge.denominator(fisher, mean)
+        divisor = self.settings.ridge.denominator(chunk.fisher, mean)
         part = {variant: total[heads] for variant, total in self.scores.items()}
-        magnitudes = add_scores(
-            part, chunk, self.task_a, self.task_b, weights(divisor.value, divisor.zero), scratch
-        )
-        self.l1[:, heads] += magnitudes.all_entries
-        self.live_l1[:, heads] += magnitudes.live_entries
+        weight = weights(divisor.value, divisor.zero)
+        task_a, task_b = chunk.gradients[self.task_a], chunk.gradients[self.task_b]
+        scratch = self.buffers.take("scratch", task_a.shape, self.like)
+        add_scores(part, task_a, task_b, weight, scratch)
+        self.l1[:, heads] += chunk.gradients.abs_().sum(dim=-1)
+        if divisor.zero.any():
+            chunk.gradients.masked_fill_(divisor.zero, 0)
+        self.live_l1[:, heads] += chunk.gradients.sum(dim=-1)
         self.counts[:, heads] += _counts(divisor)
         if heads.start in (0, None):
-            self.size += fisher.shape[1]
+            self.size += chunk.fisher.shape[1]
 
 
 def _counts(divisor: Denominator) -> Int64[Tensor, "3 heads"]:

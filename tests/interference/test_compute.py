@@ -8,6 +8,7 @@ import torch
 from families import build, loss_of, samples, token_loss
 
 from theria.interference import VARIANTS, collect, compute, detect_layout, score
+from theria.interference.streaming import Buffers
 
 QUICK = {"min_samples_for_fisher": 1}
 
@@ -186,6 +187,43 @@ def test_frozen_and_unused_projections_are_missing():
     pooled = compute(model, loss, drawn[:3], drawn[3:], fisher="pooled_n", **QUICK)
     without = compute(model, loss, drawn[:2], drawn[3:], fisher="pooled_n", **QUICK)
     np.testing.assert_allclose(pooled.scores["signed"]["O"][:2], without.scores["signed"]["O"], rtol=1e-9)
+
+
+def test_what_memory_held_before_does_not_matter(monkeypatch):
+    model = build("gpt2")
+    drawn = samples("gpt2", 5)
+    with pytest.warns(UserWarning, match="not finite"):
+        gradients = collect(model, lambda m, t: token_loss(m, t) * (np.nan if t is drawn[1] else 1), drawn)
+    expected = score(gradients, range(3), range(3, 5), fisher="pooled", **QUICK)
+    take = Buffers.take
+    monkeypatch.setattr(Buffers, "take", lambda *args: take(*args).fill_(np.nan))
+    found = score(gradients, range(3), range(3, 5), fisher="pooled", **QUICK)
+    assert_same(found, expected, rtol=0)
+    assert np.isfinite(found.scores["signed"]["Q"][0]).all()
+    np.testing.assert_array_equal(found.diagnostics["K"].live_l1_b, expected.diagnostics["K"].live_l1_b)
+
+
+def test_entries_without_information_are_counted_and_left_out():
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.num_heads = 2
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        model.add_module(name, torch.nn.Linear(4, 4, dtype=torch.float64))
+
+    def loss(model, x):
+        read = torch.softmax(model.q_proj(x) @ model.k_proj(x).mT, dim=-1) @ model.v_proj(x)
+        return model.o_proj(read).square().mean()
+
+    drawn_a, drawn_b = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    # a feature that task A never has moves one of four columns of weights, and no bias
+    drawn_a[..., 1] = 0
+    result = compute(model, loss, list(drawn_a), list(drawn_b), ridge=0.0, **QUICK)
+    for block in "QV":
+        found = result.diagnostics[block]
+        np.testing.assert_allclose(found.zero_share, 2 / 10)
+        assert (found.live_l1_b < found.gradient_l1_b).all()
+        np.testing.assert_allclose(result.scores["directional"][block].mean(axis=0), found.live_l1_b)
+    assert (result.diagnostics["O"].zero_share == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

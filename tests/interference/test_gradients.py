@@ -16,7 +16,7 @@ from families import (
 from torch.func import functional_call, grad, vmap
 
 from theria.interference import collect
-from theria.interference.hooks import LinearMap
+from theria.interference.hooks import LinearMap, factors_by_sample
 from theria.interference.store import (
     Factors,
     GradientStore,
@@ -166,15 +166,26 @@ def test_half_precision_is_accumulated_in_float32():
             assert weight.dtype == torch.float32
             wanted = by_name[f"{module}.weight"].float()
             assert (weight - wanted).norm() < 0.1 * wanted.norm()
-    # sums over tokens in float32: products of the kept factors to the last bit, not of rounded sums
-    long = torch.randint(3, 23, (30,))
-    found = collect(half, lambda m, t: F.cross_entropy(m(t[None]).logits[0].float(), t), [long])
-    kept = found.store[0]["model.layers.0.self_attn.q_proj"]
-    weight, _ = weight_and_bias(half, found, 0, "model.layers.0.self_attn.q_proj")
-    if isinstance(kept, Factors):
-        wanted = kept.outputs.double().T @ kept.inputs.double()
-        assert (weight - wanted).norm() < 1e-6 * wanted.norm()
-    assert not torch.equal(weight, weight.bfloat16().float())
+    # products of the half-precision factors, summed in float32, whether the factors are kept or the gradient
+    torch.manual_seed(0)
+    factors = Factors(torch.randn(12, 6).bfloat16(), torch.randn(12, 5).bfloat16())
+    wanted = factors.outputs.double().T @ factors.inputs.double()
+    for out, side, expected in (
+        (torch.empty(5, 6), "output", wanted),
+        (torch.empty(6, 5), "input", wanted.mT),
+    ):
+        gradient_rows(factors, side, torch.arange(len(out)), out)
+        assert (out - expected).norm() < 1e-6 * wanted.norm()
+    bias = torch.empty(5, 1)
+    gradient_bias(factors, torch.arange(5), bias)
+    assert (bias[:, 0] - factors.outputs.double().sum(dim=0)).norm() < 1e-6 * bias.norm()
+    norm = squared_norm(factors, "output", torch.arange(5), bias)
+    assert norm == pytest.approx(float(wanted.square().sum()), rel=1e-5)
+    (long,) = collect(half, token_loss, samples("llama", 1, least=30, most=30)).store
+    kept = long["model.layers.0.self_attn.q_proj"]
+    assert isinstance(kept, Whole)
+    assert kept.weight.dtype == torch.float32
+    assert not torch.equal(kept.weight, kept.weight.bfloat16().float())
 
 
 class Shared(torch.nn.Module):
@@ -299,6 +310,21 @@ def test_separate_projections_share_one_copy_of_their_input():
     assert gradients.store.held_bytes == sum(
         t.numel() * 8 for t in {id(t): t for g in record.values() for t in g if t is not None}.values()
     )
+
+
+def test_tokens_are_dropped_where_no_map_of_their_input_has_a_gradient():
+    x, other = torch.randn(1, 4, 3), torch.randn(1, 4, 3)
+    first, second, third = (torch.randn(1, 4, 2) for _ in range(3))
+    first[:, [0, 3]], second[:, [1, 3]], third[:, 1:] = 0, 0, 0
+    calls = [("q", x, first), ("k", x, second), ("o", other, third)]
+    (found,) = factors_by_sample(calls, 1, torch.device("cpu"))
+    for name, inputs, outputs, rows in (
+        ("q", x, first, [0, 1, 2]),
+        ("k", x, second, [0, 1, 2]),
+        ("o", other, third, [0]),
+    ):
+        assert torch.equal(found[name].inputs, inputs[0, rows])
+        assert torch.equal(found[name].outputs, outputs[0, rows])
 
 
 def test_records_beyond_the_memory_are_mapped_files(tmp_path):

@@ -69,7 +69,7 @@ def block_scores(
 ) -> BlockScores:
     """Scores of the given features of a projection, weight and bias together.
 
-    Samples without gradient count neither in the scores (their rows are left 0 here) nor in the Fisher mean.
+    Samples without gradient are in no Fisher mean, and what stands in their rows and columns means nothing.
     """
     both = range(
         min(settings.task_a.start, settings.task_b.start), max(settings.task_a.stop, settings.task_b.stop)
@@ -148,8 +148,8 @@ class _Block:
         gradients = self.buffers.take(name, (len(self.found), *shape), self.like)
         sum_a, sum_b = self.like.new_zeros(2, *shape)
         for number, (out, gradient) in enumerate(zip(gradients, self.found, strict=True)):
+            # whatever stands in the rows of a sample without gradient, its scores are not read
             if gradient is None:
-                out.zero_()
                 continue
             write(gradient, out=out.flatten(0, 1))
             # here, because what was just written is still in the processor's cache

@@ -278,8 +278,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--budget", type=int, default=2048, help="MiB")
     options.add_argument("--pairs", type=int, default=4, help="that the loop is measured on, then scaled")
     options.add_argument("--vmap-samples", type=int, default=4, help="that vmap is measured on, then scaled")
-    options.add_argument("--growth-samples", type=int, nargs="+", default=[25, 50, 100])
-    options.add_argument("--growth-budgets", type=int, nargs="+", default=[32, 128, 512])
+    options.add_argument("--growth-samples", type=int, nargs="+", default=[10, 20, 40, 80])
+    options.add_argument("--growth-budgets", type=int, nargs="+", default=[32, 128])
     options.add_argument("--growth-layers", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--out", type=Path, help="Markdown file to write")
     return options

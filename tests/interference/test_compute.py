@@ -1,6 +1,7 @@
 """The public functions: budgets, selections, missing gradients, and what they refuse."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from families import build, loss_of, samples, token_loss
 
 from theria.interference import VARIANTS, collect, compute, detect_layout, score
-from theria.interference.streaming import Buffers
+from theria.interference.streaming import Buffers, block_scores
 
 QUICK = {"min_samples_for_fisher": 1}
 
@@ -295,15 +296,24 @@ def test_float32_models_give_float32_and_the_same_scores():
     assert_same(result, expected, rtol=1e-3)
 
 
-def test_matrix_products_are_of_full_precision_and_the_setting_comes_back(gpt2):
+def test_matrix_products_are_of_full_precision_and_the_setting_comes_back(gpt2, monkeypatch):
     before = torch.get_float32_matmul_precision()
     gradients = collect(gpt2, token_loss, samples("gpt2", 2))
+    inside = set()
+
+    def noting(*args):
+        inside.add(torch.get_float32_matmul_precision())
+        return block_scores(*args)
+
+    # the package's attribute of that name is the function
+    monkeypatch.setattr(sys.modules["theria.interference.compute"], "block_scores", noting)
     torch.set_float32_matmul_precision("medium")
     try:
         score(gradients, range(1), range(1, 2), **QUICK)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    assert inside == {"highest"}
 
 
 def test_devices(gpt2, monkeypatch):

@@ -165,3 +165,15 @@ def test_meta_tensors_give_shapes():
 def test_package_registers_reference():
     assert "reference" in available_backends()
     assert backend_function("reference") is reference_attention
+
+
+@pytest.mark.parametrize("asked", [{"attn_mask": torch.ones(2, 2)}, {"dropout_p": 0.1}])
+def test_a_mask_or_dropout_is_refused_with_what_there_is(asked):
+    (name,) = asked
+    q = torch.randn(2, 4)
+    with pytest.raises(
+        NotImplementedError, match=f"no backend takes {name}.*is_causal, causal_alignment and window"
+    ):
+        scaled_dot_product_attention(q, q, q, **asked)
+    without = scaled_dot_product_attention(q, q, q, attn_mask=None, dropout_p=0.0)
+    assert torch.equal(without, scaled_dot_product_attention(q, q, q))

@@ -571,6 +571,48 @@ def test_tiles_outside_of_the_band_are_not_visited():
         assert torch.isfinite(value[:, :, rows]).all(), name
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, at overflows
+@pytest.mark.parametrize(
+    "band", [Band(1.0), Band(1.0, causal=True, offset=-2), Band(1.0, causal=True, window=3)]
+)
+def test_scores_that_are_all_minus_infinity_are_no_dead_row(band):
+    """A model that has diverged must not look as if it saw nothing; what sees nothing is zero."""
+    query, key = (sign * torch.full((1, 1, 6, 16), 1e20, device=DEVICE) for sign in (-1.0, 1.0))
+    value, cotangent = (torch.randn(1, 1, 6, 16, device=DEVICE) for _ in range(2))
+    outputs = []
+    for operators in (OPERATORS, CustomOperators()):
+        out, lse = operators.forward(query, key, value, band)
+        grads = operators.vjp(query, key, value, out, lse, cotangent, band)
+        outputs.append([torch.isnan(t) for t in (out, *grads)])
+    (out, *grads), (expected, *leaking) = outputs
+    assert torch.equal(out, expected)
+    assert out.any()
+    assert out.all() == (band.offset == 0)
+    for found, allowed in zip(grads, leaking, strict=True):
+        assert found.any()
+        assert not (found & ~allowed).any()
+
+
+@pytest.mark.parametrize("wrong", ["key", "value", "cotangent", "heads"])
+def test_operands_that_do_not_fit_are_refused(wrong):
+    shapes = {"query": (1, 3, 4, 8), "key": (1, 3, 5, 8), "value": (1, 3, 5, 8), "cotangent": (1, 3, 4, 8)}
+    shapes |= {"key": {"key": (1, 3, 5, 4)}, "value": {"value": (1, 3, 6, 8)}}.get(wrong, {})
+    shapes |= {"cotangent": {"cotangent": (1, 3, 2, 8)}}.get(wrong, {})
+    if wrong == "heads":
+        shapes |= {"key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}
+    query, key, value, cotangent = (torch.randn(shape, device=DEVICE) for shape in shapes.values())
+    out, lse = torch.zeros(1, 3, 4, 8, device=DEVICE), torch.zeros(1, 3, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"it supports query \(batch, heads, queries, dim\)"):
+        support.check((query, key, value, cotangent), saved=(out, lse))
+
+
+def test_what_autograd_batches_by_itself_is_refused_in_words():
+    leaves = [torch.randn(1, 1, 4, 8, device=DEVICE).requires_grad_() for _ in range(3)]
+    out = scaled_dot_product_attention(*leaves, backend="triton_fused")
+    with pytest.raises(ValueError, match=r"memory of their own, .* use torch\.func\.vmap"):
+        torch.autograd.grad(out, leaves, torch.randn(2, *out.shape, device=DEVICE), is_grads_batched=True)
+
+
 def test_a_compilation_that_fails_leaves_the_compiler_as_it_was(monkeypatch):
     class Broken:
         def warmup(self, *_, **__):

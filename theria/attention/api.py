@@ -25,11 +25,13 @@ def scaled_dot_product_attention(
     scale: float | int | None = None,
     enable_gqa: bool = False,
     backend: str = AUTO,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """O = softmax(scale Q Kᵀ + mask) V, exact in its derivatives of every order.
 
-    The signature is that of ``torch.nn.functional.scaled_dot_product_attention`` without ``attn_mask`` and
-    ``dropout_p``, with ``window``, ``causal_alignment`` and ``backend`` added. Differences: nothing is
+    The signature is that of ``torch.nn.functional.scaled_dot_product_attention`` with ``window``,
+    ``causal_alignment`` and ``backend`` added. Differences: there is no other mask and no dropout, nothing is
     broadcast, and a query that sees no key gives zeros, with zero derivatives, under every backend. Under
     autocast the inputs are cast as torch casts them, and the backend computes in that dtype.
 
@@ -48,6 +50,7 @@ def scaled_dot_product_attention(
         enable_gqa: allow several query heads to a key-value head; consecutive query heads share one.
         backend: a name of ``available_backends()``, or "auto" for what ``resolve_backend`` answers, which
             is logged the first time it is chosen.
+        attn_mask, dropout_p: as torch's, and refused but for None and 0.
 
     Returns:
         (..., query heads, queries, value_dim), in the dtype of the inputs.
@@ -55,8 +58,14 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: for inputs that make no attention call, and for an unknown backend.
         TypeError: for a window that is not an integer or a scale that is not a number.
-        NotImplementedError: if the backend is named and cannot do the call, or is not in this build.
+        NotImplementedError: if the backend is named and cannot do the call, or is not in this build; for a
+            mask or dropout.
     """
+    if attn_mask is not None or dropout_p:
+        asked = "attn_mask" if attn_mask is not None else f"dropout_p={dropout_p}"
+        raise NotImplementedError(
+            f"no backend takes {asked}: supported are is_causal, causal_alignment and window, without dropout"
+        )
     call = describe_call(
         query,
         key,

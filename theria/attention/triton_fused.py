@@ -145,7 +145,7 @@ class TritonOperators:
         """Run the named kernels on their operands, one after the other; compile others, see ``compiled``."""
         jobs = self._jobs(query, value, band, operands)
         with on_device(query.device):
-            if query.is_cuda and jobs:
+            if query.is_cuda and jobs and not support.INTERPRETED:
                 compiled(
                     jobs,
                     query.dtype,
@@ -260,20 +260,20 @@ def _derivatives(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Callable[[], Operands], Callable[[], Operands]]:
     """Operands of ``vjp`` and of ``hvp`` that have shapes alone, to compile for."""
-    qkv = query, key, value
 
+    # no tensors of the call: they would live until all is compiled
     def alike(*tensors: Tensor) -> list[Tensor]:
-        return [t.new_empty(t.shape, device="meta") for t in tensors]
+        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
 
-    def cotangent() -> Tensor:
-        return out.new_empty(out.shape, dtype=query.dtype, device="meta")
+    q, k, v, o, rows = alike(query, key, value, out, lse)
+    cotangent = o.to(q.dtype)
 
     def first() -> Operands:
-        return _vjp_operands(*qkv, out, lse, cotangent(), alike(*qkv), [lse] * 2)
+        return _vjp_operands(q, k, v, o, rows, cotangent, alike(q, k, v), [rows] * 2)
 
     def second() -> Operands:
-        curvature = Curvature(*alike(*qkv, cotangent()))
-        return _hvp_operands(*qkv, out, lse, cotangent(), alike(*qkv), curvature, [lse] * 4)
+        curvature = Curvature(*alike(q, k, v, cotangent))
+        return _hvp_operands(q, k, v, o, rows, cotangent, alike(q, k, v), curvature, [rows] * 4)
 
     return first, second
 

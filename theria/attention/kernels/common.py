@@ -211,6 +211,19 @@ def visible(rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED:
 
 @triton.jit
 @no_type_check
+def sees_a_key(rows, keys, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """True where the query of a row sees any key at all."""
+    last = tl.zeros_like(rows) + keys - 1
+    if CAUSAL:
+        last = tl.minimum(last, rows + offset)
+    first = tl.zeros_like(rows)
+    if WINDOWED:
+        first = tl.maximum(first, rows + offset - window + 1)
+    return first <= last
+
+
+@triton.jit
+@no_type_check
 def program_of_queries(queries, heads, BLOCK: tl.constexpr):
     """(start, batch, head) of the tile of queries that this program owns."""
     tiles = tl.cdiv(queries, BLOCK)

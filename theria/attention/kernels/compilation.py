@@ -1,9 +1,13 @@
 """When kernels are compiled: those of one call at the same time, those of later calls beforehand.
 
-A kernel takes seconds, float32 ones most, and compiles outside of Python's lock.
+A kernel takes seconds, float32 ones most, and compiles outside of Python's lock. A process that ends waits
+for the one set that is being compiled.
 """
 
 import contextvars
+import logging
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -29,10 +33,22 @@ Jobs = dict[str, Job]
 
 MakeJobs = Callable[[], Jobs]
 
+_logger = logging.getLogger(__name__)
+_lock = threading.Lock()
 _ready: set[tuple[Any, ...]] = set()
 _underway: dict[tuple[Any, ...], Future[None]] = {}
 # one at a time: each compiles its kernels in threads of its own
 _background = ThreadPoolExecutor(1, thread_name_prefix="theria-compile")
+
+
+def _start_over() -> None:
+    """A forked process has none of its parent's threads."""
+    global _lock, _background
+    _lock, _background = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="theria-compile")
+    _underway.clear()
+
+
+os.register_at_fork(after_in_child=_start_over)
 
 
 def compiled(
@@ -49,26 +65,33 @@ def compiled(
     compiling in the background, and the call that needs them waits for them.
     """
     key = _key(jobs, dtype, device, following is not None)
-    if key in _ready:
+    # when the main thread has ended no thread can be started, and each kernel compiles at its launch
+    if key in _ready or not threading.main_thread().is_alive():
         return
-    assembler.install(device)
-    underway = _underway.pop(key, None)
-    if underway is not None:
-        underway.result()
-    else:
-        if later is not None:
+    with _lock:
+        if key in _ready:
+            return
+        assembler.install(device)
+        underway = _underway.pop(key, None)
+        if underway is None and later is not None:
             _begin(later(), dtype, device)
+        if underway is not None and (error := underway.exception()) is not None:
+            _logger.info("compiling in the background failed, so it is done again: %s", error)
+        # what has been compiled is found again, and has to be loaded
         compile_together({**jobs, **({} if following is None else following())}, device)
-    _ready.add(key)
+        _ready.add(key)
 
 
-def compile_together(jobs: Jobs, device: torch.device) -> None:
-    """Compile and load kernels at the same time."""
+def compile_together(jobs: Jobs, device: torch.device, *, load: bool = True) -> None:
+    """Compile kernels at the same time, and load them.
+
+    Loading is left out in the background, where it could meet a capture of a CUDA graph.
+    """
 
     def warm_up() -> list[Any]:
         return [job.kernel.warmup(*job.arguments, grid=job.grid, **job.constants) for job in jobs.values()]
 
-    def load(kernel: Any) -> None:
+    def to_device(kernel: Any) -> None:
         with on_device(device):
             kernel.run  # noqa: B018 - the property loads it
 
@@ -80,7 +103,9 @@ def compile_together(jobs: Jobs, device: torch.device) -> None:
 
         # the mode outlives an error in its context, where every later compilation would meet it
         contextvars.copy_context().run(compile_in_threads)
-        list(threads.map(load, warm_up()))
+        kernels = warm_up()
+        if load:
+            list(threads.map(to_device, kernels))
 
 
 def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:
@@ -91,7 +116,7 @@ def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:
 def _begin(jobs: Jobs, dtype: torch.dtype, device: torch.device) -> None:
     key = _key(jobs, dtype, device, False)
     if jobs and key not in _ready and key not in _underway:
-        _underway[key] = _background.submit(compile_together, jobs, device)
+        _underway[key] = _background.submit(compile_together, jobs, device, load=False)
 
 
 def _key(jobs: Jobs, dtype: torch.dtype, device: torch.device, trained: bool) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from theria.attention.kernels.common import (
     keys_of_queries,
     load_rows,
     program_of_queries,
+    sees_a_key,
     store_entries,
     store_rows,
     tile_count,
@@ -80,7 +81,8 @@ def forward_rows(
             weight = weight * shrink + tl.sum(p.to(tl.float32), 1)
             acc = times(p, v_tile, acc * shrink[:, None], PRECISION)
             top = higher
-    dead = total == 0.0
+    # not a sum of zero: where all scores are -inf the softmax is NaN, and says so
+    dead = ~sees_a_key(rows, keys, offset, window, CAUSAL, WINDOWED)
     log_sum = tl.where(dead, float("inf"), top * LN_2 + tl.log(tl.where(dead, 1.0, total)))
     store_entries(lse, batch, head, start, queries, log_sum, BLOCK_QUERIES)
     # a mean under the rounded weights: what is common to all values passes through it exactly

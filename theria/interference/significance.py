@@ -33,6 +33,10 @@ _ROUNDING = 1e-12
 """Means that differ by less, in units of the mean magnitude of scores, are the same."""
 
 
+class TooFewSamplesError(ValueError):
+    """There are not enough labellings of so few samples for any head to be significant."""
+
+
 class Finding(NamedTuple):
     """One head: T, its distance from relabelled samples in their standard deviations, its p-values."""
 
@@ -173,8 +177,9 @@ def label_permutation(
         seed: of the relabellings.
 
     Raises:
-        ValueError: for arguments that are not among these, a task without samples, too few permutations for
-            the level, or too few samples for any number of them; the message says how many it takes.
+        ValueError: for arguments that are not among these, a task without samples, or too few permutations
+            for the level; the message says how many it takes.
+        TooFewSamplesError: for too few samples for any number of permutations; a ValueError too.
     """
     _check(alternative, correction, level)
     first = next(iter(pairs.values()))
@@ -248,9 +253,9 @@ def _permutations(given: int | None, needed: int, together: np.ndarray, count_a:
     if 2 * count_a == count and np.allclose(together, swapped, rtol=1e-4, equal_nan=True):
         distinct //= 2  # with both tasks exchanged the mean is the same
     if distinct < needed + 1:
-        raise ValueError(
+        raise TooFewSamplesError(
             f"{count_a} and {count - count_a} samples have {distinct} distinct labellings, and one "
-            f"significant head takes {needed + 1}: take more samples, fewer heads, a higher level, or correction='max_t'"
+            f"significant head takes {needed + 1}: take more samples, fewer heads, a higher level or max_t"
         )
     if given is None:
         return max(_LEAST_PERMUTATIONS, 2 * needed)

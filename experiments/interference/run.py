@@ -1,0 +1,120 @@
+"""One run of the command line: from a model and two files to a folder of results."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import provenance
+from callbacks.interference_figures import draw_heat_map
+from experiments.interference.models import InputError, LanguageModel, load, token_loss
+from experiments.interference.report import Report
+from experiments.interference.tables import (
+    conflict_table,
+    head_table,
+    mean_identity,
+    sample_table,
+    write_arrays,
+)
+from experiments.interference.tasks import Task, read_task
+from theria.interference import InterferenceResult, Ridge, SampleGradients, collect, score
+from theria.interference.significance import Significance, TooFewSamplesError, significance
+
+_CONFLICTS = 100
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Compute everything and write it to ``args.out``; the path of the report."""
+    model = load(args.model, args.tokenizer)
+    task_a, task_b = (
+        read_task(path, model, samples=args.samples, max_tokens=args.max_tokens, field=args.field)
+        for path in (args.task_a, args.task_b)
+    )
+    gradients = _collect(args, model, task_a, task_b)
+    halves = range(len(task_a.ids)), range(len(task_a.ids), len(gradients))
+    ridge = _ridge(args.ridge)
+    result = score(gradients, *halves, variants=args.variants, fisher=args.fisher, ridge=ridge)
+    tests = _tests(args, gradients, halves, ridge)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return _write(args, model, (task_a, task_b), result, tests)
+
+
+def _collect(args: argparse.Namespace, model: LanguageModel, task_a: Task, task_b: Task) -> SampleGradients:
+    device = torch.device(args.device)
+    return collect(
+        model.model.to(device),
+        token_loss,
+        [tokens.to(device) for tokens in (*task_a.tokens, *task_b.tokens)],
+        ids=(*task_a.ids, *task_b.ids),
+        layers=args.layers,
+        blocks=args.blocks,
+        layout=None if args.layout is None else json.loads(args.layout),
+        computation_device=args.device,
+        memory_budget_mib=args.memory_mib,
+    )
+
+
+def _tests(
+    args: argparse.Namespace, gradients: SampleGradients, halves: tuple[range, range], ridge: Ridge
+) -> Significance | str:
+    """Tests of every head, or why there are none."""
+    if not args.test:
+        return "it was not asked for"
+    try:
+        return significance(
+            gradients,
+            *halves,
+            variant=args.test,
+            ridge=ridge,
+            correction=args.correction,
+            level=args.level,
+            permutations=args.permutations,
+            seed=args.seed,
+        )
+    except TooFewSamplesError as error:
+        return str(error)
+
+
+def _write(
+    args: argparse.Namespace,
+    model: LanguageModel,
+    tasks: tuple[Task, Task],
+    result: InterferenceResult,
+    tests: Significance | str,
+) -> Path:
+    tested = None if isinstance(tests, str) else tests
+    heads = head_table(result, tested, confidence=args.confidence, resamples=args.resamples, seed=args.seed)
+    conflicts = conflict_table(result, _CONFLICTS)
+    write_arrays(args.out / "arrays.npz", result, tested)
+    for name, table in (("heads", heads), ("conflicts", conflicts), ("samples", sample_table(*tasks))):
+        table.to_csv(args.out / f"{name}.csv", index=False)
+    for variant in result.variants:
+        framed = None
+        if tested is not None and variant == args.test:
+            framed = {block: tested.significant(block) for block in result.blocks}
+        draw_heat_map(result, variant, significant=framed).savefig(args.out / f"{variant}.png", dpi=120)
+    report = Report(
+        title=f"Interference of {tasks[0].name} and {tasks[1].name}",
+        provenance=provenance("experiments.interference"),
+        model=model.name,
+        tasks=(tasks[0].name, tasks[1].name),
+        result=result,
+        heads=heads,
+        conflicts=conflicts,
+        tests=tests,
+        identity=mean_identity(result),
+        top=args.top,
+        confidence=args.confidence,
+    )
+    path: Path = args.out / "report.md"
+    path.write_text(report.text(), encoding="utf-8")
+    return path
+
+
+def _ridge(given: str) -> Ridge:
+    kind, _, value = given.partition(":")
+    try:
+        return Ridge(kind, float(value) if value else None)
+    except ValueError as error:
+        raise InputError(f"--ridge {given}: {error}") from error

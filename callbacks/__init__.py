@@ -4,6 +4,7 @@ from callbacks.attention_grad_logger import AttentionGradLogger
 from callbacks.cuda_memory_stats import CUDAMemoryStats
 from callbacks.curvature_probe import CurvatureProbe
 from callbacks.gate_monitor import GateMonitor, UnhealthyGatesError
+from callbacks.interference_heatmap import InterferenceHeatmap
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
 from callbacks.niah_probe import NIAHProbe
@@ -20,6 +21,7 @@ __all__ = [
     "ConfiguredOptimizerValues",
     "CurvatureProbe",
     "GateMonitor",
+    "InterferenceHeatmap",
     "MetricsJSONL",
     "NIAHProbe",
     "PPLDeltaRollback",

@@ -76,10 +76,10 @@ def _panel(axis: Axes, values: np.ndarray, *, signed: bool) -> None:
             axis.text(
                 head,
                 layer,
-                f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e"),
+                f"{value:.2g}",
                 ha="center",
                 va="center",
-                fontsize=5,
+                fontsize=6,
                 color="white" if dark else "black",
             )
 

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,13 +26,15 @@ from theria.models.memory_lm import MemoryLM
 from theria.models.seq_classifier import SeqClassifier
 from theria.tasks.synthetic_seqcls import SeqClsSpec, sample_tasks
 
+LossFn = Callable[[Any, Any], Tensor]
+
 _RECALL = "recall"
 
 
 class Probe(NamedTuple):
     """Samples of two tasks and the loss that takes them."""
 
-    loss_fn: Any
+    loss_fn: LossFn
     samples_a: Sequence[Any]
     samples_b: Sequence[Any]
 
@@ -160,7 +162,7 @@ class InterferenceHeatmap(Callback):
         with _in_evaluation_mode(model), warnings.catch_warnings():
             # few samples are what a probe is given
             warnings.filterwarnings("ignore", message=".*fewer than min_samples_for_fisher")
-            probe = self._probe(trainer, pl_module)
+            probe = self.probe(trainer, pl_module)
 
             def loss_fn(model: nn.Module, sample: Any) -> Tensor:
                 # in the precision of the training steps
@@ -180,7 +182,8 @@ class InterferenceHeatmap(Callback):
                 memory_budget_mib=self.memory_mib,
             )
 
-    def _probe(self, trainer: Trainer, pl_module: Any) -> Probe:
+    def probe(self, trainer: Trainer, pl_module: Any) -> Probe:
+        """The samples of both tasks, on the module's device."""
         data, device = trainer.datamodule, pl_module.device  # type: ignore[attr-defined]  # set outside of Trainer's class body
         if isinstance(pl_module.model, MemoryLM):
             names = _domains(data)

@@ -88,7 +88,10 @@ def test_it_parses_to_what_it_says(path: Path, capsys: pytest.CaptureFixture[str
     assert left.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     for name, value in yaml.safe_load(path.read_text()).get("trainer", {}).items():
-        if name not in STRUCTURE:
+        if name == "callbacks+":
+            appended = printed["trainer"]["callbacks"][-len(value) :]
+            assert [entry["init_args"] for entry in appended] == [entry["init_args"] for entry in value]
+        elif name not in STRUCTURE:
             assert printed["trainer"][name] == value
 
 
@@ -143,6 +146,17 @@ def test_a_job_names_every_setting_of_its_classes(path: Path) -> None:
     for kind, entry in described:
         named = set(entry.get("init_args", {}))
         assert named == set(inspect.signature(kind).parameters) - {"dirpath"}, kind
+
+
+def test_the_interference_overlay_names_every_setting_with_its_default() -> None:
+    (entry,) = yaml.safe_load((CONFIGS / "trainer" / "interference.yaml").read_text())["trainer"][
+        "callbacks+"
+    ]
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(callbacks.InterferenceHeatmap).parameters.items()
+    }
+    assert entry["init_args"] == defaults | {"every_n_steps": 100}
 
 
 @pytest.mark.parametrize("path", [MEMORY, MEMORY_60M], ids=lambda path: path.stem)

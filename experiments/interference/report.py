@@ -126,11 +126,13 @@ class Report:
         ]
         kind = "all labellings there are" if tests.exact else "labellings, the given one included"
         header = ["block", "layer", "head", "mean M", "distance", "p", "adjusted p", "significant"]
+        opposed = sum(finding.mean < 0 for finding in found)
         return [
             f"Labels of samples were exchanged under the Fisher information of all samples together "
             f"({tests.permutations} {kind}; alternative: {tests.alternative}; correction over "
-            f"{len(ranked)} heads: {tests.correction}). {len(found)} of them are significant at "
-            f"{tests.level:g}. The distance is in standard deviations of relabelled means.",
+            f"{len(ranked)} heads: {tests.correction}). Significant at {tests.level:g}: {len(found)}, of "
+            f"which with a mean below 0: {opposed}. The distance is in standard deviations of relabelled "
+            "means.",
             "",
             *markdown_table(header, rows),
         ]
@@ -158,6 +160,8 @@ class Report:
             "- Scores grow with gradients: blocks of different sizes, and samples of different lengths, do "
             "not compare at face value. A mean over more tokens has the smaller gradient.",
             "- Entries with little information are held by the ridge: see its share of each block above.",
+            "- A significant signed score says that samples of different tasks agree less than samples at "
+            "large do; the tasks oppose each other on the average only where its mean is below 0 as well.",
             "- Intervals and tests take the Fisher information as given and hold for these samples' source.",
         ]
 

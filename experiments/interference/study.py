@@ -79,7 +79,7 @@ def _legend(top: int) -> list[str]:
         "Figures beside A's compare a variant with itself under task A's information: Spearman correlation "
         f"over pairs and heads, over the means of heads, and the share of its {top} strongest pairs that "
         "stay. The last column is the Spearman correlation with the directional score under task A's "
-        "information, for the signed score that of conflict, which is its negative. All are means over blocks.",
+        "information, for the signed score that of conflict, its negative. All are means over blocks.",
         "",
     ]
 
@@ -110,14 +110,17 @@ def _section(model: Trained, args: argparse.Namespace) -> list[str]:
 
 def _tests(tests: Significance) -> list[str]:
     ranked = tests.ranked()
-    found = sum(finding.significant for finding in ranked)
+    found = [finding for finding in ranked if finding.significant]
+    opposed = sum(finding.mean < 0 for finding in found)
     rows = [
         [f.block, str(f.layer), str(f.head), f"{f.mean:.3g}", f"{f.effect:.2f}", f"{f.p_value:.2g}"]
         for f in ranked[:5]
     ]
     return [
         f"Signed score below that of relabelled samples ({tests.permutations} labellings, {tests.correction} "
-        f"over {len(ranked)} heads): {found} heads are significant at {tests.level:g} (framed). The surest:",
+        f"over {len(ranked)} heads). Significant at {tests.level:g} (framed): {len(found)}, where samples of "
+        "different tasks agree less than samples at large do. With a mean below 0, so that the tasks oppose "
+        f"each other there on the average: {opposed}. The surest:",
         "",
         *markdown_table(["block", "layer", "head", "mean M", "distance", "p"], rows),
     ]

@@ -6,10 +6,10 @@ samples. That asks for scores M of every sample against every sample which do no
 information is the mean over all samples, (n_A I_A + n_B I_B) / (n_A + n_B). Neither task A's nor, where n_A
 and n_B differ, the plain mean of both is invariant under relabelling.
 
-What a test can find depends on the variant. The signed score asks whether samples of different tasks pull
-against each other more than samples at large do. The directional and the symmetric one are made of
-magnitudes: they ask whether the tasks differ in how large their gradients are and where, not whether they
-agree.
+What a test can find depends on the variant. The signed score asks whether samples of different tasks agree
+less than samples at large do; that they oppose each other on the average is for the sign of T to say. The
+directional and the symmetric one are made of magnitudes: they ask whether the tasks differ in how large their
+gradients are and where, not whether they agree.
 """
 
 import math

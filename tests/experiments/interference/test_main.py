@@ -137,11 +137,20 @@ def test_the_report_is_written_from_the_arrays_and_says_what_it_cannot(checkpoin
     tested = cells(section(text, "Significance"))[2:]
     ranked = np.sort(np.concatenate([arrays[f"adjusted_{block}"].ravel() for block in "QKVO"]))
     assert [float(row[6]) for row in tested] == pytest.approx(ranked[:4].tolist(), rel=1e-3)
+    significant = [row for row in tested if row[7] == "yes"]
+    assert len(significant) == min((ranked <= 0.1).sum(), 4)
+    assert f"Significant at 0.1: {(ranked <= 0.1).sum()}, of which" in text
     limits = "\n".join(section(text, "What these figures cannot say"))
     assert "the mean over i of the directional M_ij is |g_j|_1 exactly" in limits
     stated = float(limits.split("differ by ")[1].split(" of |g_j|_1")[0])
     assert stated < 1e-4
-    for missing in ("covariance", "do not tell help from harm", "first-order", "ridge"):
+    for missing in (
+        "agree less than samples",
+        "covariance",
+        "do not tell help from harm",
+        "first-order",
+        "ridge",
+    ):
         assert missing in limits
     assert "`" + str(checkpoint) + "`" in text
 

@@ -99,7 +99,14 @@ class Report:
             for _, row in order.iterrows()
         ]
         first = "most negative" if variant == "signed" else "largest"
-        header = ["block", "layer", "head", "mean M", f"{self.confidence:.0%} interval", "mean M / |g_j|_1"]
+        header = [
+            "block",
+            "layer",
+            "head",
+            "mean M",
+            f"{self.confidence:.0%} interval",
+            "mean M / l1 norm of g_j",
+        ]
         return [f"Heads with the {first} means over pairs:", "", *markdown_table(header, rows)]
 
     def _conflicts(self, variant: str) -> list[str]:

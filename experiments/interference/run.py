@@ -2,11 +2,11 @@
 
 import argparse
 import json
+import platform
 from pathlib import Path
 
 import torch
 
-from benchmarks.report import provenance
 from callbacks.interference_figures import draw_heat_map
 from experiments.interference.models import InputError, LanguageModel, load, token_loss
 from experiments.interference.report import Report
@@ -20,6 +20,7 @@ from experiments.interference.tables import (
 from experiments.interference.tasks import Task, read_task
 from theria.interference import InterferenceResult, Ridge, SampleGradients, collect, score
 from theria.interference.significance import Significance, TooFewSamplesError, significance
+from theria.provenance import device_name
 
 _CONFLICTS = 100
 
@@ -96,7 +97,7 @@ def _write(
         draw_heat_map(result, variant, significant=framed).savefig(args.out / f"{variant}.png", dpi=120)
     report = Report(
         title=f"Interference of {tasks[0].name} and {tasks[1].name}",
-        provenance=provenance("experiments.interference"),
+        provenance=_provenance(args),
         model=model.name,
         tasks=(tasks[0].name, tasks[1].name),
         result=result,
@@ -110,6 +111,13 @@ def _write(
     path: Path = args.out / "report.md"
     path.write_text(report.text(), encoding="utf-8")
     return path
+
+
+def _provenance(args: argparse.Namespace) -> str:
+    """Markdown lines naming every setting, the device and the versions."""
+    settings = ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()) if value is not None)
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"Settings: `{settings}`  \nDevice: {device_name(args.device)}  \nVersions: {versions}\n"
 
 
 def _ridge(given: str) -> Ridge:

@@ -14,7 +14,7 @@ gradients are and where, not whether they agree.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ _ROUNDING = 1e-12
 
 
 class TooFewSamplesError(ValueError):
-    """There are not enough labellings of so few samples for any head to be significant."""
+    """So few samples have too few labellings for any head to be significant."""
 
 
 class Finding(NamedTuple):
@@ -130,8 +130,10 @@ def significance(
     if task_a.stop != task_b.start:
         raise ValueError(f"task_b must begin where task_a ends, received {task_a} and {task_b}")
     pooled = range(task_a.start, task_b.stop)
+    # samples of different tasks may bear the same id
+    unnamed = replace(gradients, ids=tuple(range(len(gradients))))
     # over all samples against themselves, the mean over task A is the mean over all samples
-    found = score(gradients, pooled, pooled, variants=(variant,), fisher="a", ridge=ridge, heads=heads)
+    found = score(unnamed, pooled, pooled, variants=(variant,), fisher="a", ridge=ridge, heads=heads)
     return label_permutation(
         found.scores[variant],
         len(task_a),
@@ -177,8 +179,8 @@ def label_permutation(
         seed: of the relabellings.
 
     Raises:
-        ValueError: for arguments that are not among these, a task without samples, or too few permutations
-            for the level; the message says how many it takes.
+        ValueError: for arguments not among these, a task without samples, or too few permutations for the
+            level; the message says how many it takes.
         TooFewSamplesError: for too few samples for any number of permutations; a ValueError too.
     """
     _check(alternative, correction, level)
@@ -227,7 +229,8 @@ def permutations_needed(
     if correction == "max_t":
         return _ceiling(1 / level) - 1
     share = math.fsum(1 / k for k in range(1, hypotheses + 1)) if correction == "by" else 1.0
-    return _ceiling(_sides(alternative, correction) * max(hypotheses, 1) * max(share, 1) / level) - 1
+    sides = 2 if alternative == "two-sided" else 1
+    return _ceiling(sides * max(hypotheses, 1) * max(share, 1) / level) - 1
 
 
 def _check(alternative: str, correction: str, level: float) -> None:
@@ -288,10 +291,6 @@ def _judged(
     else:
         adjusted[tested] = false_discovery_control(p_values[tested], method=correction)
     return effect, p_values, adjusted
-
-
-def _sides(alternative: str, correction: str) -> int:
-    return 2 if alternative == "two-sided" and correction != "max_t" else 1
 
 
 def _ceiling(value: float) -> int:

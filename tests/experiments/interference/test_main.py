@@ -114,6 +114,17 @@ def cells(lines):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
 
 
+def tables_of(text):
+    """Lines of tables with the number of their table."""
+    found, number, inside = [], 0, False
+    for line in text.splitlines():
+        number += line.startswith("|") and not inside
+        inside = line.startswith("|")
+        if inside:
+            found.append((number, line))
+    return found
+
+
 def section(text, title):
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0].splitlines()
 
@@ -140,6 +151,10 @@ def test_the_report_is_written_from_the_arrays_and_says_what_it_cannot(checkpoin
     significant = [row for row in tested if row[7] == "yes"]
     assert len(significant) == min((ranked <= 0.1).sum(), 4)
     assert f"Significant at 0.1: {(ranked <= 0.1).sum()}, of which" in text
+    assert f"out {tmp_path / 'out'}," in text
+    assert "ridge floor:0" in text
+    widths = {(line.count("|"), part) for part, line in tables_of(text)}
+    assert len(widths) == len({part for _, part in widths})  # every row of a table has as many cells
     limits = "\n".join(section(text, "What these figures cannot say"))
     assert "the mean over i of the directional M_ij is |g_j|_1 exactly" in limits
     stated = float(limits.split("differ by ")[1].split(" of |g_j|_1")[0])

@@ -56,8 +56,9 @@ class InterferenceHeatmap(Callback):
 
     and in TensorBoard a heat map a variant. The samples are the same at every measurement. The model is put
     into evaluation mode for it and back into the modes it was in; parameters, their gradients and random
-    generators are not touched, so that training goes on bit for bit as without the callback. Nothing is kept
-    in checkpoints. Only rank zero measures.
+    generators are not touched, so that training goes on bit for bit as without the callback. The step after a
+    measurement counts its time in ``perf/step_seconds``. Nothing is kept in checkpoints. Only rank zero
+    measures.
 
     Args:
         every_n_steps: optimiser steps between two measurements; null measures only when the fit ends.

@@ -158,7 +158,12 @@ def checklist() -> list[str]:
     lines: list[str] = []
     for title, points in LISTS:
         rows = [
-            [f"&#10003; {point.asked}", point.there_is, ", ".join(f"`{test}`" for test in point.tests)]
+            # a bar in a cell would begin the next one
+            [
+                f"&#10003; {point.asked}",
+                point.there_is.replace("|", r"\|"),
+                ", ".join(f"`{test}`" for test in point.tests),
+            ]
             for point in points
         ]
         lines += [

@@ -166,5 +166,8 @@ def test_the_page_kept_is_of_this_command():
     assert METHODS in page
     for _, points in LISTS:
         for point in points:
-            assert f"&#10003; {point.asked} | {point.there_is}" in page
+            assert f"&#10003; {point.asked} | {point.there_is}" in page.replace(r"\|", "|")
+    for line in page.replace(r"\|", "").splitlines():
+        if line.startswith("| ") and "`" in line:
+            assert line.count("|") == 4  # three cells
     assert study_parser().parse_args([]).out == Path("docs/results/interference.md")

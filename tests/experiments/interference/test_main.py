@@ -148,6 +148,9 @@ def test_the_report_is_written_from_the_arrays_and_says_what_it_cannot(checkpoin
     tested = cells(section(text, "Significance"))[2:]
     ranked = np.sort(np.concatenate([arrays[f"adjusted_{block}"].ravel() for block in "QKVO"]))
     assert [float(row[6]) for row in tested] == pytest.approx(ranked[:4].tolist(), rel=1e-3)
+    p_values = np.sort(np.concatenate([arrays[f"p_values_{block}"].ravel() for block in "QKVO"]))
+    assert [float(row[5]) for row in tested] == pytest.approx(p_values[:4].tolist(), rel=1e-3)
+    assert p_values[3] < p_values[-1]
     significant = [row for row in tested if row[7] == "yes"]
     assert len(significant) == min((ranked <= 0.1).sum(), 4)
     assert f"Significant at 0.1: {(ranked <= 0.1).sum()}, of which" in text

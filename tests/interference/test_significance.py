@@ -198,6 +198,20 @@ def test_a_planted_conflict_is_found_and_ranked_first(correction):
     assert len(tested.ranked()) == 12
 
 
+def test_equally_sure_heads_are_ranked_by_their_distance():
+    generator = np.random.default_rng(18)
+    found = gradients(generator, 40, heads=6)
+    for head, strength in ((1, 1.2), (2, 3.0), (4, 1.6)):
+        found[:20, head] += strength
+        found[20:, head] -= strength
+    first = label_permutation(pair_scores(found), 20).ranked()[:3]
+    assert len({(finding.adjusted, finding.p_value) for finding in first}) == 1
+    effects = [abs(finding.effect) for finding in first]
+    assert effects == sorted(effects, reverse=True)
+    assert {finding.head for finding in first} == {1, 2, 4}
+    assert [finding.head for finding in first] != [1, 2, 4]
+
+
 def test_the_common_fisher_knows_no_labels():
     """T under a relabelling is what a computation for those tasks gives with the n-weighted pooled Fisher."""
     model, loss = families.build("llama"), families.token_loss

@@ -119,8 +119,10 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file with everything written on the disk."""
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
 
     def _write(self, block: bytes) -> None:
         try:

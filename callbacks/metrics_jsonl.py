@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -183,11 +184,11 @@ class MetricsJSONL(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Force what was recorded to the disk; a device or a disk that failed may refuse."""
-        try:
-            self._flush(reduce=False)
-            self._release()
-        except (RuntimeError, OSError) as failure:
-            rank_zero_warn(f"the last block of steps is missing in {self._path}: {failure}")
+        for finish in (partial(self._flush, reduce=False), self._release):
+            try:
+                finish()
+            except (RuntimeError, OSError) as failure:
+                rank_zero_warn(f"the last block of steps is missing in {self._path}: {failure}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Force the last steps to the disk and let go of the file and the buffer."""

@@ -334,7 +334,8 @@ def test_a_device_that_fails_does_not_hide_what_failed_first(tmp_path: Path) -> 
         ),
         pytest.raises(ArithmeticError, match="boom"),
     ):
-        make_trainer(tmp_path, MetricsJSONL()).fit(module, loader(3))
+        make_trainer(tmp_path, writer := MetricsJSONL()).fit(module, loader(3))
+    assert writer._file is None  # and closed
     assert read_metrics(tmp_path / "metrics.jsonl").empty
 
 

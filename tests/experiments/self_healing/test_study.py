@@ -213,8 +213,8 @@ def test_the_command_goes_on_with_what_is_missing_and_writes_the_page(
     assert f"**0 rollbacks in {2 * STEPS} healthy steps**" in text
     # the second of two faults was not found
     assert "**9 of 10 caught within 3 steps; 10 of 10 end within 1% of the undisturbed run**" in text
-    assert "| NaN in the loss | tiny | 2 | 330, 330, 331 | 200 |" in text
-    assert "| two scaled batches with a checkpoint between them | tiny | 2, not |" in text
+    assert "| NaN in the loss | tiny | 1 | 330, 330, 331 | 200 |" in text
+    assert "| two scaled batches with a checkpoint between them | tiny | 1, not |" in text
 
 
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 install_import_hook("theria", "beartype.beartype")
 
-# Modules whose tests share runs that take long: with pytest -n 2 --dist loadgroup one process does them, once.
+# Modules whose tests share runs that take long: with --dist loadgroup one process does them, once.
 SHARED_RUNS = (
     "callbacks/test_interference_heatmap",
     "callbacks/test_niah_probe",

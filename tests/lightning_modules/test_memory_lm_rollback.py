@@ -175,7 +175,12 @@ def test_what_was_accumulated_when_training_went_back_is_forgotten(
 def test_the_log_gets_a_line_every_few_steps(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    # a study that was prepared in this process has made Lightning quiet
+    with (
+        caplog.at_level(logging.INFO),
+        caplog.at_level(logging.INFO, "lightning.pytorch"),
+        caplog.at_level(logging.INFO, "lightning.fabric"),
+    ):
         fit(corpus, tmp_path)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
     table = read_metrics(tmp_path / "metrics.jsonl").set_index("step")

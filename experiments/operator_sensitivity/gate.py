@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from experiments.operator_sensitivity.ledger import OK
-from experiments.operator_sensitivity.runs import BASELINE, GATED, Run
+from experiments.operator_sensitivity.runs import BASELINE, FIELDS, GATED, Run, from_fields
 from experiments.operator_sensitivity.statistics import gains, successful
 
 REFERENCE_GRID, TASK_DIFFICULTY = "reference-grid", "task-difficulty"
@@ -58,6 +58,15 @@ def judge(gated: Sequence[Run], table: pd.DataFrame, overridden: Collection[str]
     """
     found = (_reference_grid(gated, table), _task_difficulty(gated, table))
     return Verdict(tuple(replace(c, overridden=not c.met and c.name in overridden) for c in found))
+
+
+def verdict_on(table: pd.DataFrame) -> Verdict | None:
+    """The gate as the rows of a study have it; None where it has no gated run."""
+    rows = table.loc[table["backend"].isin(GATED), list(FIELDS)].to_dict("records")
+    if not rows:
+        return None
+    gated = [from_fields({str(name): value for name, value in row.items()}) for row in rows]
+    return judge(gated, table)
 
 
 def counterparts(gated: Sequence[Run], device: str) -> dict[str, Run]:

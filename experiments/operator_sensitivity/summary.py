@@ -1,10 +1,12 @@
 """The written summary, every number of which is computed from the CSV."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pandas as pd
 
 from experiments.operator_sensitivity import tables
+from experiments.operator_sensitivity.gate import verdict_on
 from experiments.operator_sensitivity.ledger import OK
 from experiments.operator_sensitivity.runs import BASELINE, MODES, Run
 from experiments.operator_sensitivity.statistics import (
@@ -52,12 +54,15 @@ INTRODUCTION = (
 def section(everything: pd.DataFrame, strict: StrictAgreement, tag: str, pictures: list[str]) -> Lines:
     """What one study, named by its tag, has found."""
     good = successful(everything)
-    lines = [f"## {tag}", "", *_conditions(everything, tag), ""]
+    gate = verdict_on(everything)
+    closed = [] if gate is None else [c.name for c in gate.conditions if not c.met]
+    lines = [f"## {tag}", "", *_conditions(everything, tag, closed), ""]
     if good.empty:
         return [*lines, "No run has succeeded.", "", *tables.failures(everything), ""]
     sound = good[good["variant"] == BASELINE]
     parts = {
         "In short": _answer(sound),
+        "The gate before the fused kernels": [] if gate is None else ["```", *gate.lines(), "```"],
         "Accuracy": tables.accuracy(sound),
         "FULL against FO": [
             "Pairs share a seed, so initial parameters and tasks. 95% t-interval of the mean difference;"
@@ -84,8 +89,14 @@ def section(everything: pd.DataFrame, strict: StrictAgreement, tag: str, picture
     return lines
 
 
-def command(everything: pd.DataFrame, tag: str) -> str:
-    """The command that makes these runs, with the options that are not its defaults."""
+def command(everything: pd.DataFrame, tag: str, overridden: Sequence[str] = ()) -> str:
+    """The command that makes these runs, with the options that are not its defaults.
+
+    Args:
+        everything: rows of the runs.
+        tag: the study's name.
+        overridden: conditions of the gate that the runs were made in spite of.
+    """
     parts = ["python -m experiments.operator_sensitivity"]
     for option, (column, default) in CHOICES.items():
         values = list(dict.fromkeys(everything[column]))
@@ -96,10 +107,12 @@ def command(everything: pd.DataFrame, tag: str) -> str:
         values = [] if name in chosen else everything[name].unique().tolist()
         if len(values) == 1 and values[0] != default:
             parts.append("--" + name.replace("_", "-") + ("" if default is False else f" {values[0]}"))
+    if overridden:
+        parts.append(f"--override-gate {' '.join(overridden)}")
     return " ".join([*parts, f"--tag {tag}"])
 
 
-def _conditions(everything: pd.DataFrame, tag: str) -> Lines:
+def _conditions(everything: pd.DataFrame, tag: str, closed: Sequence[str]) -> Lines:
     """How it was run, each value once, in the words of the CSV's columns."""
 
     def each(column: str) -> str:
@@ -117,7 +130,7 @@ def _conditions(everything: pd.DataFrame, tag: str) -> Lines:
     )
     machine = ("absorb_projections", "dtype", "compute_dtype", "autocast", "device", "versions", "commit")
     return [
-        f"Command: `{command(everything, tag)}`  ",
+        f"Command: `{command(everything, tag, closed)}`  ",
         f"{len(everything)} runs, {(everything['status'] == OK).sum()} succeeded;"
         f" {', '.join(map(each, (*settings, 'seed')))};",
         f"{', '.join(map(each, machine))}.",

@@ -101,6 +101,21 @@ def test_published_numbers_stand_beside_runs_of_their_length_only(tmp_path, made
     assert re.search(r"\| reference \| FO \| 10 \|.*\| 0.9350 \|", long)
 
 
+@pytest.mark.parametrize(("gain", "opens"), [(0.05, True), (0.0, False)])
+def test_the_gate_of_fused_kernels_is_judged_on_the_page(tmp_path, made, gain, opens):
+    ledger = Ledger(tmp_path / "runs", "t")
+    gains = [gain + n / 10 for n in NOISE]
+    fused = dataclasses.replace(made.TINY, backend="triton_fused", device="cuda")
+    for row in [*made.pairs(gains), *made.pairs(gains, fused)]:
+        run = Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
+        norms = {f"grad_norm_{g}_proj": np.full(4, 0.5) for g in "qkv"}
+        ledger.write_curves(run, {"loss": np.linspace(1.5, 1, 4), **norms})
+        ledger.append(row)
+    text = "\n".join(combine(ledger, tmp_path / "out")[0])
+    assert f"gate: {'OPEN' if opens else 'CLOSED'} for triton_fused" in text
+    assert ("--override-gate task-difficulty --tag t`" in text) is not opens
+
+
 def test_two_seeds_are_called_a_reproduction(tmp_path, made):
     text = "\n".join(combine(filled(tmp_path, made, seeds=2), tmp_path / "out")[0])
     assert "2 seeds a configuration: a reproduction" in text

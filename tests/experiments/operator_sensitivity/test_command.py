@@ -35,6 +35,6 @@ def test_the_command_of_a_table_makes_its_runs(base, choices, monkeypatch, tmp_p
 
 
 def test_conditions_that_the_runs_were_made_in_spite_of_are_named():
-    rows = pd.DataFrame([dataclasses.asdict(run) for run in grid(Run(), backends=("reference", "triton_fused"))])
-    text = command(rows, "mine", ["task-difficulty"])
+    runs = grid(Run(), backends=("reference", "triton_fused"))
+    text = command(pd.DataFrame([dataclasses.asdict(run) for run in runs]), "mine", ["task-difficulty"])
     assert text == "python -m experiments.operator_sensitivity --override-gate task-difficulty --tag mine"

@@ -1,5 +1,6 @@
 """What every benchmark says about where its figures come from, and how it fits growth."""
 
+import importlib.metadata
 import itertools
 import platform
 import shlex
@@ -19,9 +20,21 @@ def provenance(module: str) -> str:
     # the report says how to make it where it is kept, whichever directory this run writes to
     shown = [f"docs/results/{Path(b).name}" if a == "--out" else b for a, b in itertools.pairwise(sys.argv)]
     command = shlex.join(["python", "-m", module, *shown])
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    packages = {
+        "torch": torch.__version__,
+        "Triton": _version_of("triton"),
+        "Python": platform.python_version(),
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     threads = f"{torch.get_num_threads()} CPU threads"
     return f"Command: `{command}`  \nDevice: {device}, {threads}  \nVersions: {versions}\n"
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

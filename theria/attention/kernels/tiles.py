@@ -68,11 +68,11 @@ TUNED = {
         "hvp_columns": Tiles(32, 128, 8, 1),
     },
     ("hopper", "ieee", 128): {
-        "forward_rows": Tiles(128, 32, 8, 1),
+        "forward_rows": Tiles(64, 64, 4, 1),
         "vjp_rows": Tiles(128, 32, 8, 1),
         "vjp_columns": Tiles(32, 128, 8, 1),
         "jvp_rows": Tiles(128, 32, 8, 1),
-        "hvp_rows": Tiles(64, 16, 4, 1),
+        "hvp_rows": Tiles(64, 32, 4, 1),
         "hvp_columns": Tiles(16, 64, 4, 1),
     },
     ("hopper", "fma", 64): {
@@ -117,8 +117,7 @@ TUNED = {
     },
 }
 """By (device generation, arithmetic, width), then by kernel: the fastest that `benchmarks.tune_attention`
-found, or one within a few percent of it that compiles in half the time. Of ("hopper", "ieee", 128) they are
-the first that keep 64 rows, not tuned since."""
+found, or one within a few percent of it that compiles in half the time."""
 
 
 def tiles_for(kernel: str, dtype: torch.dtype, precision: str, width: int, device: torch.device) -> Tiles:

@@ -123,7 +123,9 @@ def _types(*values: object) -> str:
 
 def autocasts(device_type: str) -> bool:
     """True where attention on this type of device is called under ``torch.autocast``."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # what asks for a device's support cannot be traced, and what is traced is on a device that computes
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
 
 
 def _autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -72,12 +72,14 @@ def causal_read(
     initial: Tensor,
     chunk_size: int,
     kernel: str,
+    constant: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reads o_t = S_t^T q_t (batch, heads, length, value_dim), and the state after the last token.
+    """Reads o_t = (S_t + C)^T q_t (batch, heads, length, value_dim), and the state S after the last token.
 
     Tensor operations compute in the state's dtype, whatever autocast says; fla's kernels take half
     precision and keep a float32 state. Arguments as for ``theria.memory.delta.delta_read``, and checked by
-    the caller. For the Hebbian rule beta is the strength of a write, and there is no decay.
+    the caller. For the Hebbian rule beta is the strength of a write, and there is no decay. C is ``constant``
+    (heads, key_dim, value_dim), which no shard resets; None for 0.
 
     Returns:
         The reads in the state's dtype, and the state (batch, heads, key_dim, value_dim) in float32, or in
@@ -98,10 +100,14 @@ def causal_read(
             log_decay = log_decay.to(initial.dtype)
         if name == "fla":
             read, final = fla_read(rule, query, key, value, beta, log_decay, ranks, initial, chunk_size)
-            return read.to(initial.dtype), final
-        if beta is None:
-            return hebbian_read(query, key, value, ranks, initial, chunk_size)
-        return delta_read(query, key, value, beta, log_decay, ranks, initial, chunk_size)
+            read = read.to(initial.dtype)
+        elif beta is None:
+            read, final = hebbian_read(query, key, value, ranks, initial, chunk_size)
+        else:
+            read, final = delta_read(query, key, value, beta, log_decay, ranks, initial, chunk_size)
+        if constant is not None:
+            read = read + query @ constant.to(dtype)
+        return read, final
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast | nullcontext[None]:

@@ -65,11 +65,9 @@ def in_chunks(tensor: Tensor, chunk: int) -> Tensor:
 
 
 def ranks_in_chunks(
-    ranks: Int64[Tensor, "batch length"] | None, chunk: int
-) -> Int64[Tensor, "batch 1 chunks {chunk}"] | None:
+    ranks: Int64[Tensor, "batch length"], chunk: int
+) -> Int64[Tensor, "batch 1 chunks {chunk}"]:
     """Ranks of the tokens, those that fill the last chunk being of the last shard."""
-    if ranks is None:
-        return None
     missing = -ranks.shape[1] % chunk
     if missing:
         ranks = torch.cat((ranks, ranks[:, -1:].expand(-1, missing)), dim=1)

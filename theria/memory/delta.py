@@ -47,7 +47,8 @@ def delta_read(
         return value, initial
     chunk = min(chunk_size, length)
     q, k, v, b = (in_chunks(t, chunk) for t in (query, key, value, beta))
-    reach = reach_of(ranks_in_chunks(ranks, chunk), None, chunk, query.device)
+    ranked = None if ranks is None else ranks_in_chunks(ranks, chunk)
+    reach = reach_of(ranked, None, chunk, query.device)
     if log_decay is None:
         log_decay = torch.zeros_like(beta)
     elif ranks is not None:

@@ -5,9 +5,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from theria.memory.chunks import groups_of, in_chunks, ranks_in_chunks, reach_of, survival
+from theria.memory.shards import same_shard
 
 CHUNKS_AT_ONCE = 16
 """Chunks whose states are summed by one product; what is summed grows with it, Python's loop shrinks."""
+SUMMED_AT_ONCE = 64
+"""Tokens whose running sums are one masked sum."""
 
 
 def hebbian_read(
@@ -43,7 +46,8 @@ def hebbian_read(
     chunk = min(chunk_size, length)
     q, k, v = (in_chunks(t, chunk) for t in (query, key, value))
     groups = -(-q.shape[2] // CHUNKS_AT_ONCE)
-    parts = [groups_of(t, CHUNKS_AT_ONCE, groups) for t in (q, k, v, ranks_in_chunks(ranks, chunk))]
+    ranked = None if ranks is None else ranks_in_chunks(ranks, chunk)
+    parts = [groups_of(t, CHUNKS_AT_ONCE, groups) for t in (q, k, v, ranked)]
     state, before, reads = initial, None, []
     for q_group, k_group, v_group, rank_group in zip(*parts, strict=True):
         read, state = _read_group(q_group, k_group, v_group, rank_group, state, before)
@@ -52,21 +56,35 @@ def hebbian_read(
     return torch.cat(reads, dim=2).flatten(2, 3)[:, :, :length], state
 
 
-# not traced by a compiler: its loop over chunks would be unrolled, or its kernels are opaque
-@torch.compiler.disable
 def running_sum(
     amount: Float[Tensor, "batch heads length"],
     ranks: Int64[Tensor, "batch length"] | None,
     initial: Float[Tensor, "batch heads"],
-    chunk_size: int,
 ) -> tuple[Float[Tensor, "batch heads length"], Float[Tensor, "batch heads"]]:
-    """The sum over a token's shard up to and with the token, begun at ``initial`` where the rank is 0."""
-    if ranks is None and amount.shape[-1]:
+    """The sum over a token's shard up to and with the token, begun at ``initial`` where the rank is 0.
+
+    A chunk's sums are taken at once, then those of the chunks in the same way, so time is linear in length.
+    (Differences of one sum over all tokens would leave rounding in the derivatives across shards.)
+    """
+    length = amount.shape[-1]
+    if length == 0:
+        return amount, initial
+    if ranks is None:
         total = initial.unsqueeze(-1) + amount.cumsum(dim=-1)
         return total, total[..., -1]
-    ones = torch.ones_like(amount).unsqueeze(-1)
-    total, final = hebbian_read(ones, ones, amount.unsqueeze(-1), ranks, initial[..., None, None], chunk_size)
-    return total.squeeze(-1), final[..., 0, 0]
+    chunk = min(SUMMED_AT_ONCE, length)
+    amounts, ranked = in_chunks(amount, chunk), ranks_in_chunks(ranks, chunk)
+    ends = ranked[..., -1]
+    visible = same_shard(ranked, ranked).tril()
+    inside = amounts.unsqueeze(-2).masked_fill(~visible, 0).sum(dim=-1)
+    before = initial.unsqueeze(-1)
+    if length > chunk:
+        after, _ = running_sum(inside[..., -1], ends[:, 0], initial)
+        before = torch.cat((before, after[..., :-1]), dim=-1)
+    first = torch.zeros_like(ends[..., :1])
+    goes_on = ranked == torch.cat((first, ends[..., :-1]), dim=-1).unsqueeze(-1)
+    total = (inside + before.unsqueeze(-1).masked_fill(~goes_on, 0)).flatten(2)
+    return total[..., :length], total[..., -1]
 
 
 def _read_group(

@@ -112,12 +112,12 @@ def causal_projection(
         initial=carried.mT,
         chunk_size=chunk_size,
         kernel=kernel,
+        constant=m_persistent.mT if inside else None,
     )
     memory = memory.mT
     with without_autocast(q):
-        norm_sum, counted = running_sum(widened(k).square().sum(dim=-1), ranks, counted, chunk_size)
+        norm_sum, counted = running_sum(widened(k).square().sum(dim=-1), ranks, counted)
         if inside:
-            projected = projected + widened(q) @ m_persistent.mT
             norm_sum = norm_sum + norm_persistent.unsqueeze(-1)
             memory, counted = memory + m_persistent, counted + norm_persistent
         projected = projected / norm_sum.clamp_min(_LEAST_NORM).unsqueeze(-1)

@@ -39,7 +39,8 @@ def shards_of(segment_ids: Tensor | None, previous: Tensor | None, batch: int, l
         )
     if previous is None:
         previous = segment_ids.new_zeros(batch)
-    return Shards(ranks_of(segment_ids, previous), segment_ids[:, -1] if length else previous)
+    # a copy: a view would keep the whole batch's ids alive in a state
+    return Shards(ranks_of(segment_ids, previous), segment_ids[:, -1].clone() if length else previous)
 
 
 def ranks_of(

@@ -87,11 +87,11 @@ class WindowAttention(nn.Module):
         if state is not None:
             ids = _continued(segment_ids, state, length)
             k, v = torch.cat((state.key, k), dim=2), torch.cat((state.value, v), dim=2)
-        cached = slice(max(0, k.shape[2] - self.window + 1), None)
-        after = AttentionState(k[:, :, cached], v[:, :, cached], None if ids is None else ids[:, cached])
+        seen = k
         if ids is not None:
-            q, k = self._apart(q, k, ids)
-        return self._attend(q, k, v).transpose(1, 2), after
+            q, seen = self._apart(q, k, ids)
+        read = self._attend(q, seen, v)
+        return read.transpose(1, 2), self._cached(k, v, ids)
 
     # a compiler traces neither the kernels' autograd functions nor gains anything inside them
     @torch.compiler.disable
@@ -105,6 +105,12 @@ class WindowAttention(nn.Module):
             scale=self.head_dim**-0.5,
             backend=self.backend,
         )
+
+    # views, which would be made anew from what a compiled part returns
+    @torch.compiler.disable
+    def _cached(self, k: Tensor, v: Tensor, ids: Tensor | None) -> AttentionState:
+        last = slice(max(0, k.shape[2] - self.window + 1), None)
+        return AttentionState(k[:, :, last], v[:, :, last], None if ids is None else ids[:, last])
 
     def _apart(self, q: Tensor, k: Tensor, ids: Int64[Tensor, "batch keys"]) -> tuple[Tensor, Tensor]:
         """Queries and keys with the features that lower their product where their shards differ."""

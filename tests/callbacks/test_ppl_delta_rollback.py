@@ -457,6 +457,26 @@ def test_a_fault_before_the_first_checkpoint_goes_back_to_the_beginning(
     torch.testing.assert_close(everything(healed), everything(undisturbed), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("fault", "target"),
+    [(lambda number, loss: loss * torch.nan if number == 7 else loss, 0), (spiking(44, 45), 30)],
+    ids=["beginning", "checkpoint"],
+)
+def test_a_healed_run_is_one_that_never_met_the_skipped_batches(
+    tmp_path: Path, fault: Fault, target: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: what a fault leaves behind is other data and nothing else."""
+    data, callback = loader(), healer()
+    found = rolled_back(callback, monkeypatch)
+    healed = train(tmp_path / "healed", Automatic(fault), callback, data=data)
+    assert [to for _, to in found] == [target]
+    never = loader()
+    for batches in data.skipped:
+        never.skip(batches)
+    untouched = train(tmp_path / "never", Automatic(), data=never)
+    torch.testing.assert_close(everything(healed), everything(untouched), rtol=0, atol=0)
+
+
 class BreakWeights(Callback):
     """Spoils the weights in the step that ends with a checkpoint, once: the loss shows it one step later."""
 

@@ -1,6 +1,7 @@
 """Let training heal itself under observation, and write what it did on one page.
 
     python -m experiments.self_healing --jobs 14 --out docs/results/self_healing.md
+    python -m experiments.self_healing --device cuda --costs-alone --out docs/results/self_healing_costs_h200.md
 
 Healthy runs (three jobs, a run a seed), runs with injected faults, and the cost of watching. Every run leaves
 its figures in a file of the work directory; the same command goes on with what is missing.
@@ -33,7 +34,7 @@ LAST_FAULT = 430
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study; None stands for the arguments of the process."""
     args = _parser().parse_args(arguments)
-    runs = planned(args.seeds, args.steps, args.device, args.configurations)
+    runs = [] if args.costs_alone else planned(args.seeds, args.steps, args.device, args.configurations)
     args.work.mkdir(parents=True, exist_ok=True)
     prepare_process()
     costs = []
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--configurations", nargs="+", choices=tuple(JOBS), default=tuple(JOBS))
     parser.add_argument("--cost-blocks", type=int, default=6, help="of 100 steps each; 0 measures no cost")
+    parser.add_argument("--costs-alone", action="store_true", help="do no runs, and write the costs")
     parser.add_argument("--work", type=Path, default=Path("runs/self_healing"), help="files of runs")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/self_healing.md"), help="page to write"

@@ -30,11 +30,13 @@ def page(runs: Sequence[Run], work: Path, costs: Sequence[Figures], provenance: 
     """Markdown of everything that was run and measured."""
     healthy = [load(run, work) for run in runs if run.fault == HEALTHY]
     faulty = [load(run, work) for run in runs if run.fault != HEALTHY]
-    lines = ["# Training that heals itself", "", provenance, "", *_jobs(), ""]
-    lines += ["## False alarms", "", *_false_alarms(healthy), ""]
-    lines += ["## Injected faults", "", *_faults(faulty, healthy), ""]
-    lines += ["## What happens beyond", "", *_beyond(faulty), ""]
-    lines += ["## The baseline is not poisoned", "", *_poison(healthy), ""]
+    lines = ["# Training that heals itself", "", provenance, ""]
+    if runs:
+        lines += [*_jobs(), ""]
+        lines += ["## False alarms", "", *_false_alarms(healthy), ""]
+        lines += ["## Injected faults", "", *_faults(faulty, healthy), ""]
+        lines += ["## What happens beyond", "", *_beyond(faulty), ""]
+        lines += ["## The baseline is not poisoned", "", *_poison(healthy), ""]
     if costs:
         lines += ["## What watching costs", "", *_costs(costs), ""]
     return "\n".join(lines)

@@ -223,6 +223,17 @@ def test_the_command_goes_on_with_what_is_missing_and_writes_the_page(
     assert "| two scaled batches with a checkpoint between them | tiny | 1, not |" in text
 
 
+def test_costs_can_be_measured_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"step_seconds": 0.1, "shares": [0.001, 0.002], "save_seconds": 0.05}
+    monkeypatch.setattr(command, "measure", lambda job, device, _: {**cost, "job": job, "device": device})
+    monkeypatch.setattr("sys.argv", ["self_healing"])
+    out = tmp_path / "page.md"
+    command.main(["--costs-alone", "--device", "cuda", "--work", str(tmp_path), "--out", str(out)])
+    text = out.read_text()
+    assert "| memory_lm_60m | configs/memory_lm_60m.yaml, unchanged | cuda | 100.00 | 0.150% ± 0.635% |" in text
+    assert "False alarms" not in text
+
+
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Run] = []
     monkeypatch.setattr("experiments.self_healing.runs.train", lambda run: done.append(run) or {"a": 1})

@@ -1,16 +1,17 @@
 """One chain of autograd functions that makes any operator set differentiable, exactly, to any order.
 
-    function       of                            backward                      jvp
-    Attention      q, k, v                       AttentionVJP                  AttentionJVP
-    AttentionVJP   q, k, v, dO                   AttentionHVP                  AttentionHVP + AttentionVJP
-    AttentionJVP   q, k, v, a, b, c              AttentionHVP, AttentionVJP    formulas of ``custom``
-    AttentionHVP   q, k, v, dO, a, b, c          formulas of ``custom``        formulas of ``custom``
+    function             of                            backward                      jvp
+    Attention            q, k, v                       AttentionVJP                  AttentionJVP
+    AttentionVJP         q, k, v, dO                   AttentionHVP                  AttentionHVP + AttentionVJP
+    AttentionJVP         q, k, v, a, b, c              AttentionHVP, AttentionVJP    AttentionSecondJVP + AttentionJVP
+    AttentionHVP         q, k, v, dO, a, b, c          formulas of ``custom``        formulas of ``custom``
+    AttentionSecondJVP   q, k, v, a, b, c, a', b', c'  formulas of ``custom``        formulas of ``custom``
 
 Every derivative up to the second is therefore a launch of an operator, whichever way it is taken: reverse
-over reverse, forward over reverse or reverse over forward; of forward over forward, the first. lse and O,
-unrounded, travel with q, k and v so that no operator computes them twice; to autograd they are constants,
-because each function's derivative already is the total one by q, k and v. What is differentiated once more
-than the operators reach recomputes them from q, k and v.
+over reverse, forward over reverse, reverse over forward or forward over forward. lse and O, unrounded, travel
+with q, k and v so that no operator computes them twice; to autograd they are constants, because each
+function's derivative already is the total one by q, k and v. What is differentiated once more than the
+operators reach recomputes them from q, k and v.
 
 A function that launched its backward's kernels directly would return gradients without a graph, and
 ``create_graph=True`` would be answered by first-order gradients without a word.
@@ -40,7 +41,7 @@ def differentiable_attention(
 
 
 class _Operator(Function):
-    """What the four functions share: the trailing (operators, band), and batching by stacking batches."""
+    """What the five functions share: the trailing (operators, band), and batching by stacking batches."""
 
     @classmethod
     def batched(cls, info: Any, in_dims: tuple[int | None, ...], args: Sequence[Any]) -> Any:
@@ -139,11 +140,14 @@ class AttentionJVP(_Operator):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.operators, ctx.band = inputs
+        ctx.set_materialize_grads(False)  # what has no tangent costs no launch
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor | None) -> Any:
+        if cotangent is None:
+            return (None,) * 10
         primals, moved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         tail = (ctx.operators, ctx.band)
         curved = AttentionHVP.apply(*primals, cotangent, *moved, *tail)[:3]
@@ -153,8 +157,14 @@ class AttentionJVP(_Operator):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         primals, moved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        directions = _materialise((*tangents[:3], *tangents[5:8]), (*primals[:3], *moved))
-        return _pushforward(_jvp_from_scratch(ctx.band), (*primals[:3], *moved), directions)
+        tail = (ctx.operators, ctx.band)
+        parts = []
+        if _any(tangents[:3]):
+            others = _materialise(tangents[:3], primals[:3])
+            parts.append(AttentionSecondJVP.apply(*primals, *moved, *others, *tail))
+        if _any(tangents[5:8]):
+            parts.append(AttentionJVP.apply(*primals, *_materialise(tangents[5:8], moved), *tail))
+        return parts[0] if len(parts) == 1 else Formula.apply(torch.add, *parts)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -191,6 +201,38 @@ class AttentionHVP(_Operator):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return AttentionHVP.batched(info, in_dims, args)
+
+
+class AttentionSecondJVP(_Operator):
+    """(q, k, v, out, lse, a, b, c, a', b', c') -> D²O."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, operators, band = args
+        with _own_precision(tensors[0]):
+            return operators.second_jvp(*tensors[:5], Gradients(*tensors[5:8]), Gradients(*tensors[8:]), band)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        query, key, value, _, _, *rest, _, ctx.band = inputs
+        ctx.save_for_backward(query, key, value, *rest)
+        ctx.save_for_forward(query, key, value, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        with _own_precision(cotangent):
+            pull = torch.func.vjp(_second_jvp_from_scratch(ctx.band), *ctx.saved_tensors)[1]
+            query, key, value, *rest = pull(cotangent)
+        return query, key, value, None, None, *rest, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        directions = _materialise((*tangents[:3], *tangents[5:11]), ctx.saved_tensors)
+        return _pushforward(_second_jvp_from_scratch(ctx.band), ctx.saved_tensors, directions)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return AttentionSecondJVP.batched(info, in_dims, args)
 
 
 class Formula(Function):
@@ -239,11 +281,12 @@ def _pushforward(
     return Formula.apply(derivative, *primals, *directions)
 
 
-def _jvp_from_scratch(band: Band) -> Callable[..., Tensor]:
-    """U as a function of tensors alone."""
+def _second_jvp_from_scratch(band: Band) -> Callable[..., Tensor]:
+    """D²O as a function of tensors alone."""
 
     def compute(query: Tensor, key: Tensor, value: Tensor, *tangents: Tensor) -> Tensor:
-        return custom.jvp_formula(query, key, value, Gradients(*tangents), band)
+        one, other = Gradients(*tangents[:3]), Gradients(*tangents[3:])
+        return custom.second_jvp_formula(query, key, value, one, other, band)
 
     return compute
 
@@ -268,6 +311,10 @@ def _constant_tail(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """q, k and v as they are; out and lse cut from whatever graph they hang on."""
     query, key, value, out, lse = saved
     return query, key, value, out.detach(), lse.detach()
+
+
+def _any(tangents: Sequence[Tensor | None]) -> bool:
+    return any(t is not None for t in tangents)
 
 
 def _materialise(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 They leave the saved output and lse alone. Both are rounded, so that D = rowsum(dO O), m O and exp(S - lse)
 would carry that rounding, times the size of scores and values, into every derivative. With all keys at hand P
-is an exact softmax, D is rowsum(P dP), and [P T] V - m O is [P (T - m)] V.
+is an exact softmax, D is rowsum(P dP), [P T] V - m O is [P (T - m)] V, and W V - rowsum(W) O likewise.
 
 As functions of the other arguments they are themselves differentiable by autograd, which is how orders beyond
 the operators' own are reached.
@@ -82,6 +82,20 @@ class CustomOperators:
         """Gradient of <a, dQ> + <b, dK> + <c, dV>."""
         return hvp_formula(query, key, value, cotangent, cotangents, band)
 
+    def second_jvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        tangents: Gradients,
+        others: Gradients,
+        band: Band,
+    ) -> Out:
+        """Second derivative of O along the tangents and the others."""
+        return second_jvp_formula(query, key, value, tangents, others, band)
+
 
 def jvp_formula(query: Query, key: Key, value: Value, tangents: Gradients, band: Band) -> Out:
     """U of `theria.attention.operators`, traceable by autograd in every argument."""
@@ -114,6 +128,23 @@ def hvp_formula(
         ((p * (t - m)).mT @ do).to(value.dtype),
         _ungrouped(u, query).to(query.dtype),
     )
+
+
+def second_jvp_formula(
+    query: Query, key: Key, value: Value, tangents: Gradients, others: Gradients, band: Band
+) -> Out:
+    """D²O of `theria.attention.operators`, traceable by autograd in every argument."""
+    q, k, v = _grouped(query, key), _wide(key), _wide(value)
+    a1, b1, c1 = _grouped(tangents.query, key), _wide(tangents.key), _wide(tangents.value)
+    a2, b2, c2 = _grouped(others.query, key), _wide(others.key), _wide(others.value)
+    p = _probabilities(q, k, query.shape[-2], band)
+    t1 = band.scale * (a1 @ k.mT + q @ b1.mT)
+    t2 = band.scale * (a2 @ k.mT + q @ b2.mT)
+    t1 = t1 - (p * t1).sum(-1, keepdim=True)
+    t2 = t2 - (p * t2).sum(-1, keepdim=True)
+    w = t1 * t2 + band.scale * (a1 @ b2.mT + a2 @ b1.mT)
+    w = p * (w - (p * w).sum(-1, keepdim=True))
+    return _ungrouped(w @ v + (p * t1) @ c2 + (p * t2) @ c1, query).to(query.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a fused attention has to offer so that one chain of autograd functions can differentiate it.
 
-Four operators make attention and its first two derivatives, each a function of plain tensors that builds no
+Five operators make attention and its first two derivatives, each a function of plain tensors that builds no
 graph. With s the scale, products elementwise unless between matrices, and sums over the keys a query sees:
 
     S = s Q Kᵀ      P = exp(S - lse)      O = P V
@@ -133,5 +133,26 @@ class AttentionOperators(Protocol):
 
         The first three are also the Hessian of <dO, O> times (a, b, c), whichever way it is taken, and the
         last is the jvp along (a, b, c).
+        """
+        ...
+
+    def second_jvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        tangents: Gradients,
+        others: Gradients,
+        band: Band,
+    ) -> Out:
+        """Derivative of U along other tangents (a', b', c') of query, key and value; of (a, b, c) it is none.
+
+        With T and m as in ``jvp``, T' and m' of the other tangents, and R = s (a b'ᵀ + a' bᵀ):
+        W = P [(T - m) (T' - m') + R];
+        D²O = W V - rowsum(W) O + [P (T - m)] c' + [P (T' - m')] c.
+
+        The second derivative of O, the same for tangents and others exchanged.
         """
         ...

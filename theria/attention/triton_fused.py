@@ -19,6 +19,7 @@ from theria.attention.kernels.compilation import Job, Jobs, MakeJobs, compiled, 
 from theria.attention.kernels.forward import forward_rows
 from theria.attention.kernels.hvp import hvp_columns, hvp_rows
 from theria.attention.kernels.jvp import jvp_rows
+from theria.attention.kernels.second_jvp import second_jvp_rows
 from theria.attention.kernels.tiles import arithmetic, tiles_for
 from theria.attention.kernels.vjp import vjp_columns, vjp_rows
 from theria.attention.operators import Band, Curvature, Gradients, Key, LogSumExp, Out, Query, Value
@@ -32,6 +33,7 @@ _KERNELS = {
     "jvp_rows": jvp_rows,
     "hvp_rows": hvp_rows,
     "hvp_columns": hvp_columns,
+    "second_jvp_rows": second_jvp_rows,
 }
 
 launches: Counter[str] = Counter()
@@ -132,6 +134,24 @@ class TritonOperators:
         operands = _hvp_operands(*qkv, out, lse, cotangent, cotangents, curvature, constants)
         self._launch(query, value, band, operands)
         return curvature
+
+    def second_jvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        tangents: Gradients,
+        others: Gradients,
+        band: Band,
+    ) -> Out:
+        """Second derivative of O along the tangents and the others."""
+        support.check((query, key, value, *tangents, *others), saved=(out, lse))
+        derivative = _empty(query, value.shape[-1])
+        rows = (query, key, value, out, lse, *tangents, *others, derivative)
+        self._launch(query, value, band, {"second_jvp_rows": rows})
+        return derivative
 
     def _launch(
         self,

@@ -139,6 +139,30 @@ class _FusedFormulas:
         )
         return Curvature(*(x.to(query.dtype) for x in found))
 
+    def second_jvp(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        out: Out,
+        lse: LogSumExp,
+        tangents: Gradients,
+        others: Gradients,
+        band: Band,
+    ) -> Out:
+        """Second derivative of O along the tangents and the others."""
+        q, k, v, o = (t.float() for t in (query, key, value, out))
+        a1, b1, c1 = (t.float() for t in tangents)
+        a2, b2, c2 = (t.float() for t in others)
+        p = _probabilities(q, k, lse, band)
+        t1 = band.scale * (a1 @ k.mT + q @ b1.mT)
+        t2 = band.scale * (a2 @ k.mT + q @ b2.mT)
+        t1, t2 = (t - (p * t).sum(-1, keepdim=True) for t in (t1, t2))
+        w = p * (t1 * t2 + band.scale * (a1 @ b2.mT + a2 @ b1.mT))
+        found = _rounded(w, query) @ v - w.sum(-1, keepdim=True) * o
+        found = found + _rounded(p * t1, query) @ c2 + _rounded(p * t2, query) @ c1
+        return found.to(query.dtype)
+
 
 def _probabilities(q: Tensor, k: Tensor, lse: LogSumExp, band: Band) -> Tensor:
     """P = exp(S - lse); zero in rows that see no key, whose lse is +inf."""

@@ -72,7 +72,9 @@ def _outputs(operators: AttentionOperators, drawn: Sequence[Tensor], band: Band)
     primals = query, key, value, out, lse
     first = operators.vjp(*primals, cotangent, band)
     second = operators.hvp(*primals, cotangent, directions, band)
-    return [out, lse, operators.jvp(*primals, directions, band), *first, *second]
+    moved = operators.jvp(*primals, directions, band)
+    twice = operators.second_jvp(*primals, directions, Gradients(query, key, value), band)
+    return [out, lse, moved, twice, *first, *second]
 
 
 def errors_by(ptxas: str, chosen: Sequence[Case], lanes: int) -> dict[Case, float]:

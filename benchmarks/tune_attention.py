@@ -29,7 +29,15 @@ from theria.attention.operators import AttentionOperators, Band, Gradients
 from theria.attention.triton_fused import PRECISIONS, TritonOperators
 
 SMALL = {"length": 256, "heads": 1, "repeats": 1}
-KERNELS = ("forward_rows", "vjp_rows", "vjp_columns", "jvp_rows", "hvp_rows", "hvp_columns")
+KERNELS = (
+    "forward_rows",
+    "vjp_rows",
+    "vjp_columns",
+    "jvp_rows",
+    "hvp_rows",
+    "hvp_columns",
+    "second_jvp_rows",
+)
 
 
 def candidates(kernel: str, arithmetic: str, width: int) -> list[Tiles]:
@@ -59,7 +67,8 @@ def operator_call(
     def draw() -> Tensor:
         return torch.randn(1, heads, length, width, generator=generator, device="cuda").to(dtype)
 
-    query, key, value, cotangent, *directions = (draw() for _ in range(7))
+    query, key, value, cotangent, *directions = (draw() for _ in range(10))
+    tangents, others = Gradients(*directions[:3]), Gradients(*directions[3:])
     band = Band(width**-0.5, causal=True)
     if kernel == "forward_rows":
         return partial(operators.forward, query, key, value, band)
@@ -67,8 +76,10 @@ def operator_call(
     if kernel.startswith("vjp"):
         return partial(operators.vjp, *primals, cotangent, band)
     if kernel.startswith("jvp"):
-        return lambda: (operators.jvp(*primals, Gradients(*directions), band),)
-    return partial(operators.hvp, *primals, cotangent, Gradients(*directions), band)
+        return lambda: (operators.jvp(*primals, tangents, band),)
+    if kernel.startswith("second_jvp"):
+        return lambda: (operators.second_jvp(*primals, tangents, others, band),)
+    return partial(operators.hvp, *primals, cotangent, tangents, band)
 
 
 def milliseconds(

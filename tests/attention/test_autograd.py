@@ -45,6 +45,7 @@ class Case:
         )
         self.tangents = tuple(draw(*x.shape) for x in self.inputs)
         self.weight = draw(batch, heads, queries, value_dim)
+        self.others = tuple(draw(*x.shape) for x in self.inputs)
         call = {
             "scale": dim**-0.5,
             "is_causal": False,
@@ -66,6 +67,10 @@ class Case:
 
     def along(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *inputs: jvp(function, inputs, self.tangents)[1]
+
+    def along_both(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Along the tangents, then along others."""
+        return lambda *inputs: jvp(self.along(function), inputs, self.others)[1]
 
 
 def total(values: Any) -> Tensor:
@@ -124,6 +129,22 @@ def non_contiguous(case: Case, attention: AttentionOf) -> Any:
     return gradients, torch.autograd.grad(total(gradients), [query, *inputs[1:]])
 
 
+def by_one_input_each(
+    case: Case, attention: AttentionOf, one: int, other: int, tangents: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Forward mode by one input, then by another, each along its tangent, the rest held."""
+    first, second = tangents or (case.tangents[one], case.others[other])
+
+    def at(values: dict[int, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(values.get(i, x) for i, x in enumerate(case.inputs))
+
+    def once(moved: Tensor) -> Tensor:
+        values = at({other: moved})
+        return jvp(lambda x: attention(*values[:one], x, *values[one + 1 :]), (values[one],), (first,))[1]
+
+    return jvp(once, (case.inputs[other],), (second,))[1]
+
+
 COMPOSITIONS: dict[str, Callable[[Case, AttentionOf], Any]] = {
     "value": lambda c, f: f(*c.inputs),
     "reverse": reverse_over_reverse(1),
@@ -138,6 +159,35 @@ COMPOSITIONS: dict[str, Callable[[Case, AttentionOf], Any]] = {
     "grad(jvp)": lambda c, f: c.gradients(lambda *x: total(c.along(f)(*x)))(*c.inputs),
     "grad(grad)": lambda c, f: c.gradients(lambda *x: total(c.gradients(c.loss(f))(*x)))(*c.inputs),
     "jvp(jvp)": lambda c, f: c.along(c.along(f))(*c.inputs),
+    "jvp(jvp) along two tangents": lambda c, f: c.along_both(f)(*c.inputs),
+    "jvp(jvp) of the query alone": lambda c, f: by_one_input_each(c, f, 0, 0),
+    "jvp(jvp) of the key alone": lambda c, f: by_one_input_each(c, f, 1, 1),
+    "jvp(jvp) of the query, then of the key": lambda c, f: by_one_input_each(c, f, 0, 1),
+    "jvp(jvp) of the value, then of the query": lambda c, f: by_one_input_each(c, f, 2, 0),
+    "jvp(jvp) along tangents that move": lambda c, f: jvp(
+        lambda *x: jvp(f, x, tuple(t * y.sin() for t, y in zip(c.tangents, x, strict=True)))[1],
+        c.inputs,
+        c.others,
+    )[1],
+    "jvp(jvp) by the tangents alone": lambda c, f: jvp(
+        lambda *t: jvp(f, c.inputs, t)[1], c.tangents, c.others
+    )[1],
+    "jvp(jvp) of a chord": lambda c, f: c.along_both(lambda *x: f(*(y + y.sin() ** 2 for y in x)).cos())(
+        *c.inputs
+    ),
+    "vmap(jvp(jvp)) over tangents": lambda c, f: vmap(
+        lambda a, b: by_one_input_each(c, f, 0, 1, tangents=(a, b)), in_dims=(0, 1)
+    )(torch.stack([c.tangents[0], c.others[0]]), torch.stack([c.others[1], c.tangents[1]], 1)),
+    "grad(jvp(jvp)) along two tangents": lambda c, f: c.gradients(lambda *x: total(c.along_both(f)(*x)))(
+        *c.inputs
+    ),
+    "grad(jvp(jvp)) by the tangents": lambda c, f: grad(
+        lambda t, s: total(jvp(lambda *x: jvp(f, x, t)[1], c.inputs, s)[1]), argnums=(0, 1)
+    )(c.tangents, c.others),
+    "jvp(jvp(jvp)) by turns": lambda c, f: c.along_both(c.along(f))(*c.inputs),
+    "grad(grad(jvp(jvp)))": lambda c, f: c.gradients(
+        lambda *x: total(c.gradients(lambda *y: total(c.along_both(f)(*y)))(*x))
+    )(*c.inputs),
     "grad(jvp(grad))": lambda c, f: c.gradients(lambda *x: total(c.along(c.gradients(c.loss(f)))(*x)))(
         *c.inputs
     ),
@@ -208,10 +258,40 @@ def test_a_gradient_used_in_part_meets_missing_cotangents(case):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_a_jvp_whose_cotangent_is_missing_has_no_gradient(case):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(tensor: Tensor) -> Tensor:
+            return tensor.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> None:
+            return None
+
+    inputs = [x.clone().requires_grad_() for x in case.inputs]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, case.tangents, strict=True)]
+        moved = forward_ad.unpack_dual(case.chain(*duals)).tangent
+        found = torch.autograd.grad(Cut.apply(moved).sum() + inputs[0].sum(), inputs, allow_unused=True)
+    assert torch.equal(found[0], torch.ones_like(inputs[0]))
+    assert found[1:] == (None, None)
+
+
 def test_finite_differences_agree_in_both_orders(case):
     inputs = tuple(x.clone().requires_grad_() for x in case.inputs)
     assert torch.autograd.gradcheck(case.chain, inputs, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(case.chain, inputs, check_fwd_over_rev=True, fast_mode=True)
+    step = 1e-5
+    ahead, behind = (
+        case.along(case.chain)(*(x + h * t for x, t in zip(case.inputs, case.others, strict=True)))
+        for h in (step, -step)
+    )
+    found = case.along_both(case.chain)(*case.inputs)
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
 
 
 def test_derivatives_taken_inside_autocast_keep_their_own_precision(case):
@@ -223,7 +303,14 @@ def test_derivatives_taken_inside_autocast_keep_their_own_precision(case):
             value = (attention(*inputs) * case.weight.float()).sum()
             first = torch.autograd.grad(value, inputs, create_graph=True)
             second = torch.autograd.grad(total(first), inputs, create_graph=True)
-            return *first, *second, *torch.autograd.grad(total(second), inputs)
+            third = torch.autograd.grad(total(second), inputs)
+            leaves = tuple(x.detach() for x in inputs)
+            moving = [tuple(t.float() for t in group) for group in (case.tangents, case.others)]
+            forward = [jvp(lambda *x: jvp(attention, x, moving[0])[1], leaves, moving[1])[1]]
+            forward += case.gradients(
+                lambda *y: total(jvp(lambda *x: jvp(attention, x, moving[0])[1], y, moving[1])[1])
+            )(*leaves)
+            return *first, *second, *third, *forward
 
     for a, b in zip(gradients(case.chain, True), gradients(case.chain, False), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -89,23 +89,42 @@ def test_curvature_is_the_gradient_of_the_jvps_inner_product(operands):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+def test_the_second_jvp_is_the_jvps_derivative_and_symmetric(operands):
+    operators, band, inputs, out, lse, cotangent, directions = operands
+    others = Gradients(*(torch.cos(3 * x) for x in inputs))
+    found = operators.second_jvp(*inputs, out, lse, directions, others, band)
+
+    def moved(q, k, v):
+        return operators.jvp(q, k, v, *operators.forward(q, k, v, band), directions, band)
+
+    _, expected = torch.func.jvp(moved, inputs, tuple(others))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    exchanged = operators.second_jvp(*inputs, out, lse, others, directions, band)
+    torch.testing.assert_close(found, exchanged, rtol=1e-13, atol=1e-14)
+    # the Hessian of <dO, O> between the two, by its product with one of them
+    curvature = operators.hvp(*inputs, out, lse, cotangent, directions, band)[:3]
+    product = sum((g * t).sum() for g, t in zip(curvature, others, strict=True))
+    torch.testing.assert_close((found * cotangent).sum(), product, rtol=1e-12, atol=1e-12)
+
+
 def test_rows_without_a_key_are_zero_in_every_operator(operands):
     operators, _, inputs, _, _, cotangent, directions = operands
     band = Band(0.5, causal=True, offset=-3)
     out, lse = operators.forward(*inputs, band)
     gradients = operators.vjp(*inputs, out, lse, cotangent, band)
     curvature = operators.hvp(*inputs, out, lse, cotangent, directions, band)
+    twice = operators.second_jvp(*inputs, out, lse, directions, directions, band)
     assert torch.isposinf(lse[:, :, :3]).all()
     assert torch.isfinite(lse[:, :, 3:]).all()
-    for rows in (out, gradients.query, curvature.query, curvature.out_cotangent):
+    for rows in (out, gradients.query, curvature.query, curvature.out_cotangent, twice):
         assert (rows[:, :, :3] == 0).all()
-    assert all(torch.isfinite(t).all() for t in itertools.chain(gradients, curvature))
+    assert all(torch.isfinite(t).all() for t in itertools.chain(gradients, curvature, [twice]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 3.0, 10.0])
 def test_derivatives_in_half_precision_do_not_feel_the_size_of_keys_and_values(dtype, offset):
-    """Both orders and the jvp within three times the error of the explicit softmax in float32."""
+    """Both orders and both jvps within three times the error of the explicit softmax in float32."""
     torch.manual_seed(0)
     inputs = [(torch.randn(1, 2, 48, 16) + shift).to(dtype) for shift in (0.0, offset, offset)]
     directions = [torch.randn(1, 2, 48, 16).to(dtype) for _ in range(4)]
@@ -121,7 +140,14 @@ def test_derivatives_in_half_precision_do_not_feel_the_size_of_keys_and_values(d
             tuple(x.to(working) for x in inputs),
             (a, b, c),
         )
-        return [t.detach().double() for t in (*first, *second, moved)]
+        _, twice = torch.func.jvp(
+            lambda *x: torch.func.jvp(
+                lambda *y: scaled_dot_product_attention(*y, backend=backend), x, (a, b, c)
+            )[1],
+            tuple(x.to(working) for x in inputs),
+            (b, c, a),
+        )
+        return [t.detach().double() for t in (*first, *second, moved, twice)]
 
     exact = derivatives("reference", torch.float64)
     explicit, found = derivatives("reference", dtype), derivatives("custom", dtype)

@@ -4,6 +4,7 @@ Every output buffer is filled with NaN before a launch, so what no program write
 """
 
 import copy
+import functools
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass
@@ -46,13 +47,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Operands:
-    """Everything that the four operators take, but what the forward yields."""
+    """Everything that the five operators take, but what the forward yields."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     cotangent: Tensor
     directions: Gradients
+    others: Gradients
 
     @classmethod
     def draw(cls, sizes: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> "Operands":
@@ -60,16 +62,17 @@ class Operands:
         generator = torch.Generator(DEVICE).manual_seed(seed)
         of_queries, of_keys = (batch, heads, queries), (batch, kv_heads, keys)
         shapes = [(*of_queries, dim), (*of_keys, dim), (*of_keys, value_dim)]
-        inputs, tangents = (
-            [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape in shapes]
-            for _ in range(2)
-        )
-        cotangent = torch.randn(*of_queries, value_dim, generator=generator, device=DEVICE).to(dtype)
-        return cls(*inputs, cotangent, Gradients(*tangents))
+
+        def one_each(*shapes: tuple[int, ...]) -> list[Tensor]:
+            return [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape in shapes]
+
+        inputs, tangents = one_each(*shapes), Gradients(*one_each(*shapes))
+        return cls(*inputs, *one_each((*of_queries, value_dim)), tangents, Gradients(*one_each(*shapes)))
 
     def map(self, function) -> "Operands":
         tensors = (self.query, self.key, self.value, self.cotangent)
-        return Operands(*map(function, tensors), Gradients(*map(function, self.directions)))
+        tangents = (Gradients(*map(function, group)) for group in (self.directions, self.others))
+        return Operands(*map(function, tensors), *tangents)
 
     def outputs(self, operators: AttentionOperators, band: Band) -> dict[str, Tensor]:
         """All that the operators compute, by name."""
@@ -79,8 +82,9 @@ class Operands:
         first = operators.vjp(*primals, self.cotangent, band)
         second = operators.hvp(*primals, self.cotangent, self.directions, band)
         moved = operators.jvp(*primals, self.directions, band)
-        names = ["out", "lse", "dq", "dk", "dv", "jvp", "gq", "gk", "gv", "gdo"]
-        return dict(zip(names, (out, lse, *first, moved, *second), strict=True))
+        twice = operators.second_jvp(*primals, self.directions, self.others, band)
+        names = ["out", "lse", "dq", "dk", "dv", "jvp", "gq", "gk", "gv", "gdo", "second jvp"]
+        return dict(zip(names, (out, lse, *first, moved, *second, twice), strict=True))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -231,18 +235,41 @@ def vmapped_grad_of_grad(attention, inputs, _):
     return vmap(second, in_dims=(0, None, 0))(stacked[0], inputs[1], stacked[2])
 
 
+def forward_twice(attention, inputs, tangents, *, wanted=(0, 1, 2), moving=False):
+    """Along the tangents and then along others, of the wanted inputs alone; the tangents may move too."""
+
+    def only(tensors) -> tuple[Tensor, ...]:
+        return tuple(tensors[i] for i in wanted)
+
+    def of_some(*some: Tensor) -> Tensor:
+        given = dict(zip(wanted, some, strict=True))
+        return attention(*(given.get(i, x) for i, x in enumerate(inputs)))
+
+    def once(*some: Tensor) -> Tensor:
+        return jvp(of_some, some, tuple(x.sin() for x in some) if moving else only(tangents))[1]
+
+    return (jvp(once, only(inputs), only([t.cos() for t in tangents]))[1],)
+
+
 COMPOSITIONS = {
     "backward": lambda f, x, t: reverse(f, x, t, 1),
     "double backward": lambda f, x, t: reverse(f, x, t, 2),
     "jvp(grad)": lambda f, x, t: jvp(gradients_of(f), x, t)[1],
     "grad(jvp)": lambda f, x, t: grad(lambda *y: jvp(f, y, t)[1].sin().sum(), argnums=(0, 1, 2))(*x),
     "vmap(grad(grad))": vmapped_grad_of_grad,
+    "jvp(jvp)": forward_twice,
+    "jvp(jvp) by the query alone": lambda f, x, t: forward_twice(f, x, t, wanted=(0,)),
+    "jvp(jvp) along tangents that move": lambda f, x, t: forward_twice(f, x, t, moving=True),
+    "vmap(jvp(jvp))": lambda f, x, t: vmap(lambda *y: forward_twice(f, y, t)[0], in_dims=(0, None, 0))(
+        *(torch.stack([z, 0.5 * z]) if i != 1 else z for i, z in enumerate(x))
+    ),
 }
 THIRD = {
     "third order": lambda f, x, t: reverse(f, x, t, 3),
     "grad(jvp(grad))": lambda f, x, t: grad(
         lambda *y: total(jvp(gradients_of(f), y, t)[1]), argnums=(0, 1, 2)
     )(*x),
+    "grad(jvp(jvp))": lambda f, x, t: grad(lambda *y: total(forward_twice(f, y, t)), argnums=(0, 1, 2))(*x),
 }
 
 
@@ -273,7 +300,7 @@ def forbidden_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("forward", "vjp"):
         monkeypatch.setattr(CustomOperators, name, refuse)
-    for name in ("jvp_formula", "hvp_formula"):
+    for name in ("jvp_formula", "hvp_formula", "second_jvp_formula"):
         monkeypatch.setattr(custom, name, refuse)
 
 
@@ -287,10 +314,37 @@ def test_orders_up_to_the_second_are_launches(composition):
         (operands.query, operands.key, operands.value),
         tuple(operands.directions),
     )
+    if "jvp(jvp)" in composition:
+        # the tangents' own movement is one launch of the jvp more, and what has no tangent costs none
+        times = 3 if "move" in composition else 2
+        assert launches == {"forward_rows": 1, "jvp_rows": times, "second_jvp_rows": 1}
+        return
     first_order = {"forward_rows", "vjp_rows", "vjp_columns"}
     assert first_order <= launches.keys()
     if composition != "backward":
         assert {"jvp_rows", "hvp_rows", "hvp_columns"} <= launches.keys()
+
+
+def test_a_second_derivative_by_the_tangent_alone_is_one_jvp():
+    operands = Operands.draw((1, 2, 1, 9, 17, 8, 16), torch.float32)
+    attention = attention_of(OPERATORS, Band(0.3))
+    launches.clear()
+
+    def along(a: Tensor) -> Tensor:
+        return jvp(lambda q: attention(q, operands.key, operands.value), (operands.query,), (a,))[1]
+
+    found, derivative = jvp(along, (operands.directions.query,), (operands.others.query,))
+    assert launches == {"forward_rows": 1, "jvp_rows": 2}
+    assert torch.equal(derivative, along(operands.others.query))
+    assert not torch.equal(derivative, found)
+
+
+def test_training_compiles_no_kernel_of_nested_forward_mode():
+    operands = Operands.draw((1, 2, 1, 9, 17, 8, 16), torch.float32)
+    inputs = operands.query, operands.key, operands.value
+    beforehand = triton_fused._derivatives(*inputs, *OPERATORS.forward(*inputs, Band(0.3)))
+    names = {name for operands_of in beforehand for name in operands_of()}
+    assert names == {"vjp_rows", "vjp_columns", "jvp_rows", "hvp_rows", "hvp_columns"}
 
 
 def test_an_operator_is_its_kernels_and_no_more():
@@ -304,6 +358,7 @@ def test_an_operator_is_its_kernels_and_no_more():
         "jvp_rows": 2,
         "hvp_rows": 1,
         "hvp_columns": 1,
+        "second_jvp_rows": 1,
     }
 
 
@@ -370,6 +425,11 @@ def test_operands_of_several_dtypes_are_refused():
     operands = Operands.draw((1, 1, 1, 3, 3, 8, 8), torch.float32)
     with pytest.raises(ValueError, match=r"one dtype and device .*, not torch.float16"):
         OPERATORS.forward(operands.query, operands.key.half(), operands.value, Band(1.0))
+    inputs = operands.query, operands.key, operands.value
+    primals = *inputs, *OPERATORS.forward(*inputs, Band(1.0))
+    half = operands.others._replace(value=operands.others.value.half())
+    with pytest.raises(ValueError, match=r"one dtype and device .*, not torch.float16"):
+        OPERATORS.second_jvp(*primals, operands.directions, half, Band(1.0))
 
 
 def test_an_unknown_precision_is_refused():
@@ -442,24 +502,30 @@ def test_tuned_tiles_keep_the_parts_of_exact_products_out_of_registers():
 def explicit_softmax(operands: Operands, band: Band) -> dict[str, Tensor]:
     """The same outputs by autograd through an explicit softmax, computed in the operands' dtype."""
     sharing = operands.query.shape[1] // operands.key.shape[1]
-    q, k, v = (t.clone().requires_grad_() for t in (operands.query, operands.key, operands.value))
+    own = torch.arange(operands.query.shape[2], device=DEVICE)[:, None] + band.offset
+    index = torch.arange(operands.key.shape[2], device=DEVICE)[None, :]
+    hidden = (index > own) if band.causal else torch.zeros_like(index > own)
+    if band.window is not None:
+        hidden |= index <= own - band.window
+    dead = hidden.all(-1, keepdim=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = band.scale * q @ k.repeat_interleave(sharing, 1).mT
+        if band.causal:
+            p = scores.masked_fill(hidden & ~dead, -torch.inf).softmax(-1).masked_fill(dead, 0)
+        else:
+            p = scores.softmax(-1)
+        return p @ v.repeat_interleave(sharing, 1)
+
+    inputs = operands.query, operands.key, operands.value
+    q, k, v = (t.clone().requires_grad_() for t in inputs)
     cotangent = operands.cotangent.clone().requires_grad_()
-    scores = band.scale * q @ k.repeat_interleave(sharing, 1).mT
-    if band.causal:
-        own = torch.arange(q.shape[2], device=DEVICE)[:, None] + band.offset
-        index = torch.arange(k.shape[2], device=DEVICE)[None, :]
-        hidden = index > own
-        if band.window is not None:
-            hidden |= index <= own - band.window
-        dead = hidden.all(-1, keepdim=True)
-        scores = scores.masked_fill(hidden & ~dead, -torch.inf)
-        out = scores.softmax(-1).masked_fill(dead, 0) @ v.repeat_interleave(sharing, 1)
-    else:
-        out = scores.softmax(-1) @ v.repeat_interleave(sharing, 1)
+    out = attend(q, k, v)
     first = torch.autograd.grad(out, (q, k, v), cotangent, create_graph=True)
     second = torch.autograd.grad(first, (q, k, v, cotangent), operands.directions)
-    names = ["out", "dq", "dk", "dv", "gq", "gk", "gv", "gdo"]
-    return {n: t.detach() for n, t in zip(names, (out, *first, *second), strict=True)}
+    twice = jvp(lambda *x: jvp(attend, x, tuple(operands.directions))[1], inputs, tuple(operands.others))[1]
+    names = ["out", "dq", "dk", "dv", "gq", "gk", "gv", "gdo", "second jvp"]
+    return {n: t.detach() for n, t in zip(names, (out, *first, *second, twice), strict=True)}
 
 
 LARGE = {
@@ -541,30 +607,35 @@ def test_derivatives_do_not_feel_the_size_of_scores(offset, scale):
     assert all(errors[name] <= allowed[name] for name in errors), (errors, allowed)
 
 
-@pytest.mark.parametrize("order", ["dq", "gq"])
+@pytest.mark.parametrize("order", ["dq", "gq", "second jvp"])
 def test_the_chain_keeps_the_unrounded_output(order):
-    """The errors above, asked of the backend: a chain that saved the rounded O errs ten times as much."""
+    """The errors above, asked of the backend: a chain that saved the rounded O errs several times as much."""
     torch.manual_seed(0)
     inputs = [(torch.randn(1, 1, 96, 16) + shift).half() for shift in (0.0, 3.0, 10.0)]
     cotangent, *directions = (torch.randn(1, 1, 96, 16).half() for _ in range(4))
 
     def derivative(backend: str, dtype: torch.dtype) -> Tensor:
         leaves = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
-        out = scaled_dot_product_attention(*leaves, backend=backend)
+        attend = functools.partial(scaled_dot_product_attention, backend=backend)
+        if order == "second jvp":
+            moving = tuple(t.to(DEVICE, dtype) for t in directions)
+            return jvp(lambda *x: jvp(attend, x, moving)[1], tuple(x.detach() for x in leaves), moving)[1]
+        out = attend(*leaves)
         first = torch.autograd.grad(out, leaves, cotangent.to(DEVICE, dtype), create_graph=True)
         if order == "dq":
             return first[0].detach()
         return torch.autograd.grad(first, leaves[0], [t.to(DEVICE, dtype) for t in directions])[0]
 
+    allowed = {"dq": 3e-3, "gq": 2.5e-2, "second jvp": 3.5e-3}
     exact = derivative("reference", torch.float64)
-    assert relative(derivative("triton_fused", torch.float16), exact) <= {"dq": 3e-3, "gq": 2.5e-2}[order]
+    assert relative(derivative("triton_fused", torch.float16), exact) <= allowed[order]
 
 
 def test_tiles_outside_of_the_band_are_not_visited():
     """What stands there may be NaN: nothing of it reaches an output."""
     operands = Operands.draw((1, 1, 1, 64, 160, 16, 16), torch.float32)
     band = Band(0.3, causal=True, offset=64, window=40)  # keys 25 to 127
-    for tensor in (operands.key, operands.value, *operands.directions[1:]):
+    for tensor in (operands.key, operands.value, *operands.directions[1:], *operands.others[1:]):
         tensor[:, :, 128:] = torch.nan
     for name, value in operands.outputs(OPERATORS, band).items():
         rows = slice(0, 128) if name in ("dk", "dv", "gk", "gv") else slice(None)
@@ -711,14 +782,17 @@ def test_offsets_past_two_to_the_31():
 
 
 @pytest.mark.gpu
-def test_memory_of_the_second_derivative_is_linear_in_length():
+@pytest.mark.parametrize(
+    "way", [lambda f, x, t: reverse(f, x, t, 2), forward_twice], ids=["reverse", "forward"]
+)
+def test_memory_of_the_second_derivative_is_linear_in_length(way):
     peaks = []
     for length in (2048, 4096):
         operands = Operands.draw((1, 4, 4, length, length, 64, 64), torch.bfloat16)
         inputs = operands.query, operands.key, operands.value
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        reverse(attention_of(OPERATORS, Band(0.125, causal=True)), inputs, operands.directions, 2)
+        way(attention_of(OPERATORS, Band(0.125, causal=True)), inputs, tuple(operands.directions))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] <= 2.1 * peaks[0]
     assert peaks[1] < 4 * 4096 * 4096  # one byte for each score of each head

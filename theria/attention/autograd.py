@@ -1,11 +1,11 @@
 """One chain of autograd functions that makes any operator set differentiable, exactly, to any order.
 
-    function             of                            backward                      jvp
-    Attention            q, k, v                       AttentionVJP                  AttentionJVP
-    AttentionVJP         q, k, v, dO                   AttentionHVP                  AttentionHVP + AttentionVJP
-    AttentionJVP         q, k, v, a, b, c              AttentionHVP, AttentionVJP    AttentionSecondJVP + AttentionJVP
-    AttentionHVP         q, k, v, dO, a, b, c          formulas of ``custom``        formulas of ``custom``
-    AttentionSecondJVP   q, k, v, a, b, c, a', b', c'  formulas of ``custom``        formulas of ``custom``
+    function            of                    backward                    jvp
+    Attention           q, k, v               AttentionVJP                AttentionJVP
+    AttentionVJP        q, k, v, dO           AttentionHVP                AttentionHVP + AttentionVJP
+    AttentionJVP        q, k, v, a, b, c      AttentionHVP, AttentionVJP  AttentionSecondJVP + AttentionJVP
+    AttentionHVP        q, k, v, dO, a, b, c  formulas of ``custom``      formulas of ``custom``
+    AttentionSecondJVP  q, k, v, a, ..., c'   formulas of ``custom``      formulas of ``custom``
 
 Every derivative up to the second is therefore a launch of an operator, whichever way it is taken: reverse
 over reverse, forward over reverse, reverse over forward or forward over forward. lse and O, unrounded, travel

@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from theria.attention import scaled_dot_product_attention
 from theria.curvature.accuracy import compare, share
 from theria.curvature.cases import Case, draw
 from theria.curvature.derivatives import FORWARD, HVP, INPUTS, JVP, VJP, Quantity, evaluate
+from theria.curvature.yardsticks import rounded
 
 REFERENCE = partial(scaled_dot_product_attention, backend="reference")
 CASE = Case(1, 2, 7, 7, 16)
@@ -146,3 +148,20 @@ def test_shares_are_given_for_every_way_that_takes_all_blocks():
     for quantity, kept in shares.items():
         assert kept == pytest.approx(0.5 if quantity.of == "key" else 1)
     assert {q.along for q in shares} == set(INPUTS)
+
+
+def test_the_fused_yardstick_in_nested_forward_mode_is_off_by_its_rounding_alone():
+    sample = draw(CASE, layout="heads_first", device="cpu", dtype=torch.float32, seed=1)
+    inputs = sample.query, sample.key, sample.value
+    tangents = [tuple(x.cos() for x in inputs), tuple((3 * x).sin() for x in inputs)]
+
+    def twice(attention, dtype):
+        x, first, second = (tuple(t.to(dtype) for t in group) for group in (inputs, *tangents))
+        return jvp(lambda *y: jvp(partial(attention, is_causal=True), y, first)[1], x, second)[1].double()
+
+    fused, exact = rounded("upper_left")[-1], twice(REFERENCE, torch.float64)
+    assert (twice(fused, torch.float32) - exact).norm() <= 1e-6 * exact.norm()
+    halves = [t.half().double() for t in (*inputs, *tangents[0], *tangents[1])]
+    inputs, *tangents = (tuple(halves[i : i + 3]) for i in (0, 3, 6))
+    exact = twice(REFERENCE, torch.float64)
+    assert 1e-4 < (twice(fused, torch.float16) - exact).norm() / exact.norm() < 2e-3

@@ -1,7 +1,8 @@
-"""The derivative of U along a second set of tangents: a visit of the keys for the means, and one for the sums.
+"""The derivative of U along other tangents: one visit of the keys for the means, and one for the sums.
 
-The sums are over slopes less their means, so that what all keys of a row have in common does not have to cancel
-between them, and one accumulator suffices where a single visit would take three.
+The sums are of slopes less their means, so that what the keys of a row have in common need not cancel between
+them, and there is one accumulator where a single visit would take three. Matmuls a tile: 15 in two visits, 14
+in one.
 """
 
 from typing import no_type_check

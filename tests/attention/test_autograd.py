@@ -145,6 +145,16 @@ def by_one_input_each(
     return jvp(once, (case.inputs[other],), (second,))[1]
 
 
+def along_moving(case: Case, attention: AttentionOf) -> AttentionOf:
+    """Along tangents that depend on the inputs, then along others."""
+
+    def once(*inputs: Tensor) -> Tensor:
+        moving = tuple(t * x.sin() for t, x in zip(case.tangents, inputs, strict=True))
+        return jvp(attention, inputs, moving)[1]
+
+    return lambda *inputs: jvp(once, inputs, case.others)[1]
+
+
 COMPOSITIONS: dict[str, Callable[[Case, AttentionOf], Any]] = {
     "value": lambda c, f: f(*c.inputs),
     "reverse": reverse_over_reverse(1),
@@ -164,11 +174,8 @@ COMPOSITIONS: dict[str, Callable[[Case, AttentionOf], Any]] = {
     "jvp(jvp) of the key alone": lambda c, f: by_one_input_each(c, f, 1, 1),
     "jvp(jvp) of the query, then of the key": lambda c, f: by_one_input_each(c, f, 0, 1),
     "jvp(jvp) of the value, then of the query": lambda c, f: by_one_input_each(c, f, 2, 0),
-    "jvp(jvp) along tangents that move": lambda c, f: jvp(
-        lambda *x: jvp(f, x, tuple(t * y.sin() for t, y in zip(c.tangents, x, strict=True)))[1],
-        c.inputs,
-        c.others,
-    )[1],
+    "jvp(jvp) along tangents that move": lambda c, f: along_moving(c, f)(*c.inputs),
+    "jvp(jvp(jvp)) along tangents that move": lambda c, f: c.along(along_moving(c, f))(*c.inputs),
     "jvp(jvp) by the tangents alone": lambda c, f: jvp(
         lambda *t: jvp(f, c.inputs, t)[1], c.tangents, c.others
     )[1],

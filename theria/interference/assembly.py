@@ -72,17 +72,19 @@ def _diagnostics(
         negative = None if signed is None else unknown
         return BlockDiagnostics(l1_a, l1_b, l1_b, unknown, unknown, unknown, unknown, negative)
     missing = _stacked(layers, lambda layer: layer.missing, axis=1)
-    l1 = _stacked(layers, lambda layer: layer.gradient_l1, axis=1)
-    live = _stacked(layers, lambda layer: layer.live_l1, axis=1)
-    l1[missing] = live[missing] = np.nan
+    l1_a, l1_b, live_l1_b = (
+        _stacked(layers, part, axis=1)
+        for part in (lambda layer: layer.l1_a, lambda layer: layer.l1_b, lambda layer: layer.live_l1_b)
+    )
+    l1_a[missing[rows_a]] = l1_b[missing[rows_b]] = live_l1_b[missing[rows_b]] = np.nan
     size = np.array([[layer.size] * heads for layer in layers])
     negative = None
     if signed is not None:
         negative = _share((signed < 0).sum(axis=(0, 1)), np.isfinite(signed).sum(axis=(0, 1)))
     return BlockDiagnostics(
-        gradient_l1_a=l1[rows_a],
-        gradient_l1_b=l1[rows_b],
-        live_l1_b=live[rows_b],
+        gradient_l1_a=l1_a,
+        gradient_l1_b=l1_b,
+        live_l1_b=live_l1_b,
         slice_size=size,
         ridge_share=_share(_stacked(layers, lambda layer: layer.exceeded, axis=0), size),
         clamped_share=_share(_stacked(layers, lambda layer: layer.clamped, axis=0), size),

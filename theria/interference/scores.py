@@ -1,6 +1,7 @@
-"""The scores of all pairs of samples, from their gradients: one matrix product over heads a variant."""
+"""The scores of all pairs of samples, from their gradients: matrix products over tiles of entries."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,9 @@ from torch import Tensor
 from theria.interference.fisher import Ridge, as_ridge
 
 VARIANTS = ("directional", "signed", "symmetric")
+
+_CPU_TILE = 2**20
+"""Numbers made of one tile of gradients: what was just computed is multiplied while it is in the cache."""
 
 
 def score_matrices(
@@ -52,9 +56,9 @@ def score_matrices(
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise ValueError(f"gradients and Fisher must all be float32, or all float64, received {dtypes}")
     divisor = as_ridge(ridge).denominator(fisher, fisher.mean())
-    scores = empty_scores(variants, (shapes[2][0], shapes[0][0], shapes[1][0]), fisher)
-    add_scores(scores, gradients_a, gradients_b.clone(), weights(divisor.value, divisor.zero))
-    return scores
+    sums = PairSums(variants, shapes[0][0], shapes[1][0], shapes[2][0], fisher)
+    sums.add(slice(None), gradients_a, gradients_b, weights(divisor.value, divisor.zero))
+    return sums.scores
 
 
 def check_variants(variants: Sequence[str]) -> None:
@@ -69,35 +73,101 @@ def weights(denominator: Float[Tensor, "*entries"], zero: Tensor) -> Float[Tenso
     return torch.where(zero, 0.0, 1 / denominator)
 
 
-def empty_scores(variants: Sequence[str], shape: tuple[int, int, int], like: Tensor) -> dict[str, Tensor]:
-    """Zeros (heads, samples of A, samples of B) for each variant."""
-    return {variant: like.new_zeros(shape) for variant in variants}
+def spans(heads: int, entries: int, largest: int) -> Iterator[tuple[slice, slice]]:
+    """Several whole heads, or several entries of one head, at a time: ``largest`` entries at most."""
+    if largest >= entries:
+        yield from ((part, slice(None)) for part in _parts(heads, largest // entries))
+    else:
+        yield from ((slice(head, head + 1), part) for head in range(heads) for part in _parts(entries, largest))
 
 
-def add_scores(
-    scores: Mapping[str, Float[Tensor, "heads a b"]],
-    gradients_a: Float[Tensor, "a heads entries"],
-    gradients_b: Float[Tensor, "b heads entries"],
-    weight: Float[Tensor, "heads entries"],
-    scratch: Float[Tensor, "a heads entries"] | None = None,
-) -> None:
-    """Add what these entries contribute to the scores; ``gradients_b`` become their absolute values.
+def _parts(total: int, largest: int) -> Iterator[slice]:
+    """Slices of nearly the same length, none longer than ``largest``."""
+    count = -(-total // largest)
+    step = -(-total // count)
+    return (slice(first, min(first + step, total)) for first in range(0, total, step))
+
+
+class PairSums:
+    """Sums over entries: the scores of every pair, and |g|_1 of every sample.
 
     Args:
-        scores: added to, by variant.
-        gradients_a, gradients_b: of the tasks. They may share samples in memory.
-        weight: of the entries, 1 / I.
-        scratch: overwritten; memory for what is made of task A's gradients, new by default.
+        variants: to sum.
+        count_a, count_b, heads: numbers of samples and heads.
+        like: gives dtype and device.
+
+    Attributes:
+        scores: (heads, samples of A, samples of B) by variant.
+        l1_a, l1_b: |g|_1, (samples, heads).
+        live_l1_b: the same over entries whose I is not 0.
     """
-    # g_i / I; in place of it |g_i| / I and then g_i^2 / I, so that three variants need one buffer
-    left = torch.mul(gradients_a, weight, out=scratch)
-    if "signed" in scores:
-        _add_products(scores["signed"], left, gradients_b)
-    gradients_b.abs_()
-    if "symmetric" in scores:
-        _add_products(scores["symmetric"], left.abs_(), gradients_b)
-    if "directional" in scores:
-        _add_products(scores["directional"], left.mul_(gradients_a).abs_(), gradients_b)
+
+    def __init__(
+        self, variants: Sequence[str], count_a: int, count_b: int, heads: int, like: Tensor
+    ) -> None:
+        # both of these meet |g_j|, so that one product with twice the rows gives both
+        self._with_magnitudes = [v for v in ("directional", "symmetric") if v in variants]
+        kinds = len(self._with_magnitudes)
+        self._magnitudes = like.new_zeros(heads, kinds * count_a, count_b)
+        parts = self._magnitudes.view(heads, kinds, count_a, count_b).unbind(1)
+        found = dict(zip(self._with_magnitudes, parts, strict=True))
+        if "signed" in variants:
+            found["signed"] = like.new_zeros(heads, count_a, count_b)
+        self.scores = {variant: found[variant] for variant in variants}
+        self.l1_a, self.l1_b, self.live_l1_b = (like.new_zeros(n, heads) for n in (count_a, count_b, count_b))
+
+    def add(
+        self,
+        heads: slice,
+        gradients_a: Float[Tensor, "a heads entries"],
+        gradients_b: Float[Tensor, "b heads entries"],
+        weight: Float[Tensor, "heads entries"],
+        scratch_bytes: int = 2**28,
+    ) -> None:
+        """Add what some entries of some heads contribute.
+
+        Args:
+            heads: which they are.
+            gradients_a, gradients_b: of the tasks. They may share samples in memory.
+            weight: of the entries, 1 / I, or 0 where I is 0.
+            scratch_bytes: of what is made of gradients, at most.
+        """
+        limit = scratch_bytes // weight.element_size()
+        if weight.device.type == "cpu":
+            limit = min(limit, _CPU_TILE)
+        count_a, count_b = len(gradients_a), len(gradients_b)
+        kinds = max(len(self._with_magnitudes), 1)
+        each = (kinds * count_a, count_a, count_b)
+        largest = min(max(limit // sum(each), 1), weight.numel())
+        held = [weight.new_empty(rows * largest) for rows in each]
+        chosen = range(len(self.l1_a[0]))[heads]
+        for some, entries in spans(*weight.shape, largest):
+            of = slice(chosen[some][0], chosen[some][-1] + 1)
+            w = weight[some, entries]
+            scratch = [
+                part[: rows * w.numel()].view(rows, *w.shape) for part, rows in zip(held, each, strict=True)
+            ]
+            self._add_tile(of, gradients_a[:, some, entries], gradients_b[:, some, entries], w, scratch)
+
+    def _add_tile(self, heads: slice, a: Tensor, b: Tensor, weight: Tensor, scratch: Sequence[Tensor]) -> None:
+        """Add a tile, in memory for what meets |g_j|, for g_i / I and for |g_j|."""
+        rows, scaled, size_b = scratch
+        l1_b = torch.abs(b, out=size_b).sum(dim=-1)
+        self.l1_b[:, heads] += l1_b
+        dead = weight == 0
+        self.live_l1_b[:, heads] += torch.where(dead, 0, size_b).sum(dim=-1) if dead.any() else l1_b
+        size_a = torch.abs(a, out=rows[-len(a) :])
+        self.l1_a[:, heads] += size_a.sum(dim=-1)
+        torch.mul(a, weight, out=scaled)
+        if "signed" in self.scores:
+            _add_products(self.scores["signed"][heads], scaled, b)
+        if not self._with_magnitudes:
+            return
+        if "symmetric" in self.scores:
+            size_a.mul_(weight)
+        if "directional" in self.scores:
+            torch.mul(scaled, a, out=rows[: len(a)])
+        _add_products(self._magnitudes[heads], rows, size_b)
 
 
 def _add_products(

@@ -13,12 +13,8 @@ from torch import Tensor
 from theria.interference.fisher import Denominator, Ridge, pooled_fisher
 from theria.interference.gradients import SampleGradients
 from theria.interference.layout import Projection
-from theria.interference.scores import add_scores, empty_scores, weights
+from theria.interference.scores import PairSums, spans, weights
 from theria.interference.store import Gradient, gradient_bias, gradient_rows, other_features, squared_norm
-
-_CPU_CHUNK_BYTES = 128 * 2**20
-"""Enough rows for matrix products to be fast; with more, other operations wait longer for memory."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -51,8 +47,9 @@ class BlockScores(NamedTuple):
     """Scores of one block of one layer and what its diagnostics are made of."""
 
     scores: Mapping[str, Float[Tensor, "heads a b"]]
-    gradient_l1: Float[Tensor, "samples heads"]
-    live_l1: Float[Tensor, "samples heads"]
+    l1_a: Float[Tensor, "a heads"]
+    l1_b: Float[Tensor, "b heads"]
+    live_l1_b: Float[Tensor, "b heads"]
     clamped: Int64[Tensor, " heads"]
     exceeded: Int64[Tensor, " heads"]
     zero: Int64[Tensor, " heads"]
@@ -102,7 +99,7 @@ class _Block:
     ) -> None:
         self.buffers = buffers
         self.projection, self.features, self.settings, self.found = projection, features, settings, found
-        self.memory_bytes = gradients.memory_bytes
+        self.memory_bytes, self.scratch_bytes = gradients.memory_bytes, gradients.memory_bytes // 4
         self.like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
         self.task_a = _slice(settings.task_a, both)
         self.task_b = _slice(settings.task_b, both)
@@ -112,10 +109,10 @@ class _Block:
         self.present = torch.tensor([gradient is not None for gradient in found])
         self.count_a = int(self.present[self.task_a].sum())
         self.count_b = int(self.present[self.task_b].sum())
-        heads, samples = len(features), len(found)
-        shape = (heads, len(settings.task_a), len(settings.task_b))
-        self.scores = empty_scores(settings.variants, shape, self.like)
-        self.l1, self.live_l1 = (self.like.new_zeros(samples, heads) for _ in range(2))
+        heads = len(features)
+        self.sums = PairSums(
+            settings.variants, len(settings.task_a), len(settings.task_b), heads, self.like
+        )
         self.counts = torch.zeros(3, heads, dtype=torch.int64, device=gradients.device)
         self.size = 0
 
@@ -128,19 +125,33 @@ class _Block:
         others = other_features(present[0], side)
         of_bias = partial(gradient_bias, features=self.features)
         bias = self._form("bias", (*self.features.shape, 1), of_bias) if biased else None
-        mean = self._mean(bias, self.features.numel() * (others + biased))
-        for heads, rows in self._chunks(others):
+        entries = self.features.numel() * (others + biased)
+        chunks = [*self._chunks(others)]
+        mean = None if len(chunks) == 1 else self._mean(self._total, bias, entries)
+        for heads, rows in chunks:
             features = self.features[heads, rows]
             write = partial(gradient_rows, side=side, features=features)
-            self._add(heads, self._form("weight", (*features.shape, others), write), mean)
+            chunk = self._form("weight", (*features.shape, others), write)
+            if mean is None:
+                mean = self._mean(chunk.fisher.sum, bias, entries)
+            self._add(heads, chunk, mean)
         if bias is not None:
             self._add(slice(None), bias, mean)
 
     def result(self) -> BlockScores:
         """The sums."""
         clamped, exceeded, zero = self.counts
+        sums = self.sums
         return BlockScores(
-            self.scores, self.l1, self.live_l1, clamped, exceeded, zero, self.size, ~self.present
+            sums.scores,
+            sums.l1_a,
+            sums.l1_b,
+            sums.live_l1_b,
+            clamped,
+            exceeded,
+            zero,
+            self.size,
+            ~self.present,
         )
 
     def _form(self, name: str, shape: Sequence[int], write: Callable[..., None]) -> _Chunk:
@@ -160,10 +171,15 @@ class _Block:
         fisher = pooled_fisher(self.settings.fisher, sum_a, self.count_a, sum_b, self.count_b)
         return _Chunk(gradients.flatten(2), fisher.flatten(1))
 
-    def _mean(self, bias: _Chunk | None, entries: int) -> Tensor:
-        """Mean of I over the block, which is taken before any chunk: 0 for a ridge that does without it."""
+    def _mean(self, total: Callable[[], Tensor], bias: _Chunk | None, entries: int) -> Tensor:
+        """Mean of I over the block, given what sums that of the weight: 0 for a ridge that does without."""
         if self.settings.ridge.kind != "relative":
             return self.like
+        found = total() if bias is None else total() + bias.fisher.sum()
+        return (found / entries).to(self.like)
+
+    def _total(self) -> Tensor:
+        """Sum of I over the weight, before any chunk of it."""
         side, features = self.projection.side, self.features
         sum_a, sum_b = torch.zeros(2, dtype=torch.float64, device=self.like.device)
         for number, gradient in enumerate(self.found):
@@ -172,45 +188,28 @@ class _Block:
             norm = squared_norm(gradient, side, features, self.like)
             sum_a += norm if number in self.squared_a else 0
             sum_b += norm if number in self.squared_b else 0
-        total = pooled_fisher(self.settings.fisher, sum_a, self.count_a, sum_b, self.count_b)
-        if bias is not None:
-            total = total + bias.fisher.sum()
-        return (total / entries).to(self.like)
+        return pooled_fisher(self.settings.fisher, sum_a, self.count_a, sum_b, self.count_b)
 
     def _chunks(self, others: int) -> Iterator[tuple[slice, slice]]:
         """Several whole heads, or several rows of one head, at a time."""
         heads, head_dim = self.features.shape
-        # gradients, what is made of task A's, and per entry sums, I, its divisor, weight and masks
-        row_bytes = (len(self.found) + len(self.squared_a) + 7) * others * self.like.element_size()
-        limit = self.memory_bytes
-        if self.like.device.type == "cpu":
-            limit = min(limit, max(_CPU_CHUNK_BYTES, row_bytes))
-        rows = limit // row_bytes
+        # gradients, and per entry sums, I, its divisor, weight and masks
+        row_bytes = (len(self.found) + 7) * others * self.like.element_size()
+        rows = (self.memory_bytes - self.scratch_bytes) // row_bytes
         if rows < 1:
             raise ValueError(
                 f"memory_budget_mib is too small: one row of {self.projection.module!r} takes "
-                f"{row_bytes / 2**20:.1f} MiB for {len(self.found)} samples, and half of the budget is "
-                f"{self.memory_bytes / 2**20:.1f} MiB"
+                f"{row_bytes / 2**20:.1f} MiB for {len(self.found)} samples, and three eighths of the budget "
+                f"are {(self.memory_bytes - self.scratch_bytes) / 2**20:.1f} MiB"
             )
-        if rows >= head_dim:
-            yield from ((part, slice(None)) for part in _parts(heads, rows // head_dim))
-        else:
-            yield from (
-                (slice(head, head + 1), part) for head in range(heads) for part in _parts(head_dim, rows)
-            )
+        yield from spans(heads, head_dim, rows)
 
     def _add(self, heads: slice, chunk: _Chunk, mean: Tensor) -> None:
         """Add a chunk of some heads' entries to everything."""
         divisor = self.settings.ridge.denominator(chunk.fisher, mean)
-        part = {variant: total[heads] for variant, total in self.scores.items()}
         weight = weights(divisor.value, divisor.zero)
         task_a, task_b = chunk.gradients[self.task_a], chunk.gradients[self.task_b]
-        scratch = self.buffers.take("scratch", task_a.shape, self.like)
-        add_scores(part, task_a, task_b, weight, scratch)
-        self.l1[:, heads] += chunk.gradients.abs_().sum(dim=-1)
-        if divisor.zero.any():
-            chunk.gradients.masked_fill_(divisor.zero, 0)
-        self.live_l1[:, heads] += chunk.gradients.sum(dim=-1)
+        self.sums.add(heads, task_a, task_b, weight, self.scratch_bytes)
         self.counts[:, heads] += _counts(divisor)
         if heads.start in (0, None):
             self.size += chunk.fisher.shape[1]
@@ -222,10 +221,3 @@ def _counts(divisor: Denominator) -> Int64[Tensor, "3 heads"]:
 
 def _slice(task: range, both: range) -> slice:
     return slice(task.start - both.start, task.stop - both.start)
-
-
-def _parts(total: int, largest: int) -> Iterator[slice]:
-    """Slices of nearly the same length, none longer than ``largest``."""
-    count = -(-total // largest)
-    step = -(-total // count)
-    return (slice(first, min(first + step, total)) for first in range(0, total, step))

@@ -56,7 +56,7 @@ def score_matrices(
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise ValueError(f"gradients and Fisher must all be float32, or all float64, received {dtypes}")
     divisor = as_ridge(ridge).denominator(fisher, fisher.mean())
-    sums = PairSums(variants, shapes[0][0], shapes[1][0], shapes[2][0], fisher)
+    sums = PairSums(variants, shapes[0][0], shapes[1][0], shapes[2][0], fisher, of_samples=False)
     sums.add(slice(None), gradients_a, gradients_b, weights(divisor.value, divisor.zero))
     return sums.scores
 
@@ -95,16 +95,25 @@ class PairSums:
         variants: to sum.
         count_a, count_b, heads: numbers of samples and heads.
         like: gives dtype and device.
+        of_samples: whether to sum |g| as well.
 
     Attributes:
         scores: (heads, samples of A, samples of B) by variant.
-        l1_a, l1_b: |g|_1, (samples, heads).
+        l1_a, l1_b: |g|_1, (samples, heads); zeros where it is not summed.
         live_l1_b: the same over entries whose I is not 0.
     """
 
     def __init__(
-        self, variants: Sequence[str], count_a: int, count_b: int, heads: int, like: Tensor
+        self,
+        variants: Sequence[str],
+        count_a: int,
+        count_b: int,
+        heads: int,
+        like: Tensor,
+        *,
+        of_samples: bool = True,
     ) -> None:
+        self._of_samples = of_samples
         # both of these meet |g_j|, so that one product with twice the rows gives both
         self._with_magnitudes = [v for v in ("directional", "symmetric") if v in variants]
         kinds = len(self._with_magnitudes)
@@ -136,11 +145,11 @@ class PairSums:
         if weight.device.type == "cpu":
             limit = min(limit, _CPU_TILE)
         count_a, count_b = len(gradients_a), len(gradients_b)
-        kinds = max(len(self._with_magnitudes), 1)
-        each = (kinds * count_a, count_a, count_b)
-        largest = min(max(limit // sum(each), 1), weight.numel())
+        # what meets |g_j|, g_i / I, and |g_j|
+        each = (len(self._with_magnitudes) * count_a, count_a, count_b)
+        largest = min(max(limit // max(sum(each), 1), 1), weight.numel())
         held = [weight.new_empty(rows * largest) for rows in each]
-        chosen = range(len(self.l1_a[0]))[heads]
+        chosen = range(self.l1_a.shape[1])[heads]
         for some, entries in spans(*weight.shape, largest):
             of = slice(chosen[some][0], chosen[some][-1] + 1)
             w = weight[some, entries]
@@ -152,19 +161,20 @@ class PairSums:
     def _add_tile(self, heads: slice, a: Tensor, b: Tensor, weight: Tensor, scratch: Sequence[Tensor]) -> None:
         """Add a tile, in memory for what meets |g_j|, for g_i / I and for |g_j|."""
         rows, scaled, size_b = scratch
-        l1_b = torch.abs(b, out=size_b).sum(dim=-1)
-        self.l1_b[:, heads] += l1_b
-        dead = weight == 0
-        self.live_l1_b[:, heads] += torch.where(dead, 0, size_b).sum(dim=-1) if dead.any() else l1_b
-        size_a = torch.abs(a, out=rows[-len(a) :])
-        self.l1_a[:, heads] += size_a.sum(dim=-1)
+        torch.abs(b, out=size_b)
+        if self._of_samples:
+            l1_b, dead = size_b.sum(dim=-1), weight == 0
+            self.l1_a[:, heads] += torch.abs(a, out=scaled).sum(dim=-1)
+            self.l1_b[:, heads] += l1_b
+            self.live_l1_b[:, heads] += torch.where(dead, 0, size_b).sum(dim=-1) if dead.any() else l1_b
         torch.mul(a, weight, out=scaled)
         if "signed" in self.scores:
             _add_products(self.scores["signed"][heads], scaled, b)
         if not self._with_magnitudes:
             return
+        # directional above symmetric
         if "symmetric" in self.scores:
-            size_a.mul_(weight)
+            torch.abs(scaled, out=rows[-len(a) :])
         if "directional" in self.scores:
             torch.mul(scaled, a, out=rows[: len(a)])
         _add_products(self._magnitudes[heads], rows, size_b)

@@ -167,6 +167,41 @@ def test_training_is_bit_identical_with_and_without_it(kind, corpus):
     assert losses[0] == losses[1] != []
 
 
+class RankRecorder(Callback):
+    """What a process saw in the end: its weights, and the steps at which it logged scores."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 3:
+            # a process that had waited for the other in vain would not come here
+            weights = [p.detach().clone() for p in pl_module.parameters()]
+            steps = [step for step, _ in trainer.logger.of("interference/")] if trainer.loggers else []
+            torch.save({"weights": weights, "steps": steps}, self.folder / f"rank-{trainer.global_rank}.pt")
+
+
+# Lightning's own use of it, in all_gather
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated:FutureWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a process that used CUDA cannot")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_of_two_processes_measures_and_training_does_not_notice(kind, corpus, tmp_path):
+    found = {}
+    for way, callbacks in (("without", []), ("with", [InterferenceHeatmap(every_n_steps=1, samples=2)])):
+        folder = tmp_path / way
+        folder.mkdir()
+        options = {"devices": 2, "strategy": "ddp_fork", "steps": 3}
+        fit(kind, corpus, *callbacks, RankRecorder(folder), **options)
+        found[way] = [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    for rank in range(2):
+        for way in found:
+            pairs = zip(found["without"][0]["weights"], found[way][rank]["weights"], strict=True)
+            assert all(torch.equal(p, q) for p, q in pairs)
+    assert [saw["steps"] for saw in found["without"]] == [[], []]
+    assert found["with"][0]["steps"] == [0, 1, 2]
+    assert found["with"][1]["steps"] == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("options", "steps"),

@@ -328,10 +328,11 @@ def test_devices(gpt2, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_scores_on_a_gpu_are_those_of_the_cpu(tmp_path):
-    model = build("llama").float()
+def test_scores_on_a_gpu_are_those_of_float64_on_a_cpu(tmp_path):
+    model = build("llama")
     drawn = samples("llama", 6)
     expected = compute(model, token_loss, drawn[:4], drawn[4:], **QUICK)
+    model = model.float()
     on_gpu = [t.cuda() for t in drawn]
     for place, options in (
         (model, {"computation_device": "cuda"}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import families
 import numpy as np
@@ -9,10 +10,16 @@ import pytest
 import scipy.stats
 import torch
 
-from theria.interference import collect, score, significance
-from theria.interference.bootstrap import bootstrap_intervals
+from theria.interference import (
+    TooFewSamplesError,
+    bootstrap_intervals,
+    collect,
+    label_permutation,
+    permutations_needed,
+    score,
+    significance,
+)
 from theria.interference.labellings import labellings
-from theria.interference.significance import label_permutation, permutations_needed
 
 A, B = 7, 9
 
@@ -151,7 +158,8 @@ def test_a_test_that_permutes_nothing_is_not_calibrated(monkeypatch):
         rows = labellings(count_a, count_b, permutations, generator)
         return np.tile(rows[:1], (len(rows), 1))
 
-    monkeypatch.setattr(significance, "labellings", unpermuted)
+    # the package's attribute of that name is the function
+    monkeypatch.setattr(sys.modules["theria.interference.significance"], "labellings", unpermuted)
     with pytest.raises(AssertionError):
         assert_calibrated(null_rejections("signed", "less", draws=100))
 
@@ -240,7 +248,7 @@ def test_a_model_is_tested_head_by_head():
     found = collect(model, loss, families.samples("llama", 14), ids=[*range(5), *range(9)])
     named = dataclasses.replace(found, ids=tuple(range(14)))
     everyone = score(named, range(1, 11), range(1, 11), variants=("signed",))
-    tested = significance.significance(found, range(1, 5), range(5, 11), correction="max_t", level=0.1)
+    tested = significance(found, range(1, 5), range(5, 11), correction="max_t", level=0.1)
     direct = label_permutation(
         everyone.scores["signed"], 4, heads=everyone.heads, correction="max_t", level=0.1
     )
@@ -250,7 +258,7 @@ def test_a_model_is_tested_head_by_head():
     assert tested.heads["K"] == (0, 1)
     assert tested.p_values["Q"].shape == (2, 4)
     with pytest.raises(ValueError, match="begin where task_a ends"):
-        significance.significance(found, range(4), range(5, 11))
+        significance(found, range(4), range(5, 11))
 
 
 def test_heads_without_gradients_are_not_tested_and_do_not_count():
@@ -310,7 +318,7 @@ def test_as_many_permutations_as_needed_are_enough_and_one_fewer_is_refused(corr
 def test_too_few_samples_for_any_number_of_permutations(count_a, labellings_there):
     pairs = pair_scores(gradients(np.random.default_rng(13), 6, heads=2))
     with pytest.raises(
-        significance.TooFewSamplesError, match=rf"have {labellings_there} distinct labellings.* takes 40"
+        TooFewSamplesError, match=rf"have {labellings_there} distinct labellings.* takes 40"
     ):
         label_permutation(pairs, count_a)
 

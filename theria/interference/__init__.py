@@ -33,6 +33,7 @@ I_k is the diagonal of the Fisher information: the mean of g_ik^2 over task A, o
 Gradients are accumulated and squared in float32 (float64 for models in float64), never in half precision.
 """
 
+from theria.interference.bootstrap import bootstrap_intervals
 from theria.interference.compute import collect, compute, score
 from theria.interference.detection import detect_layout, layout_from
 from theria.interference.fisher import Ridge
@@ -40,6 +41,14 @@ from theria.interference.gradients import SampleGradients
 from theria.interference.layout import BLOCKS, AttentionLayer, Projection
 from theria.interference.result import BlockDiagnostics, Conflict, InterferenceResult
 from theria.interference.scores import VARIANTS, score_matrices
+from theria.interference.significance import (
+    Finding,
+    Significance,
+    TooFewSamplesError,
+    label_permutation,
+    permutations_needed,
+    significance,
+)
 
 __all__ = [
     "BLOCKS",
@@ -47,14 +56,21 @@ __all__ = [
     "AttentionLayer",
     "BlockDiagnostics",
     "Conflict",
+    "Finding",
     "InterferenceResult",
     "Projection",
     "Ridge",
     "SampleGradients",
+    "Significance",
+    "TooFewSamplesError",
+    "bootstrap_intervals",
     "collect",
     "compute",
     "detect_layout",
+    "label_permutation",
     "layout_from",
+    "permutations_needed",
     "score",
     "score_matrices",
+    "significance",
 ]

@@ -166,40 +166,56 @@ def growth(given: Problem, gradients: SampleGradients, args: argparse.Namespace)
     """Tables of the growth with pairs and with layers, and of the memory under budgets."""
     print("# growth", flush=True)
     one, first, rows, times = of_layers(gradients, slice(1)), given.samples_a, [], {}
-    heads = given.layout[0].heads
-    entries = args.width**2 // heads
-    drawn = torch.randn(len(given.tokens), heads, entries, device=given.tokens.device)
-    fisher = torch.ones(heads, entries, device=drawn.device)
     for count in args.growth_samples:
         tasks = range(count), range(first, first + count)
-        call = partial(score, one, *tasks, min_samples_for_fisher=1)
-        products = partial(score_matrices, drawn[:count], drawn[first : first + count], fisher)
-        call(), products()
-        times[count] = [min(timed(of)[0] for _ in range(3)) for of in (call, products)]
+        times[count] = best(partial(score, one, *tasks, min_samples_for_fisher=1))
         peaks = [peak_mib(replace(one, memory_bytes=budget * 2**19), tasks) for budget in args.growth_budgets]
-        milliseconds = [f"{1e3 * took:.0f}" for took in times[count]]
-        rows.append([f"{count} x {count}", *milliseconds, *(f"{peak:.1f}" for peak in peaks)])
-    del drawn
-    pairs = [count**2 for count in times]
-    whole, products_alone = (fitted_exponent(pairs, list(took)) for took in zip(*times.values(), strict=True))
+        rows.append([f"{count} x {count}", f"{1e3 * times[count]:.0f}", *(f"{peak:.1f}" for peak in peaks)])
+    products = {count: best(products_of_heads(given, count)) for count in args.growth_products}
+    by_layers = {n: best(partial(scored, given, of_layers(gradients, slice(n)))) for n in args.growth_layers}
     budgets = [f"peak MiB, budget {budget} MiB" for budget in args.growth_budgets]
-    by_layers = {}
-    for layers in args.growth_layers:
-        some = of_layers(gradients, slice(layers))
-        by_layers[layers] = min(timed(partial(scored, given, some))[0] for _ in range(2))
-    named = ", ".join(f"{n}: {1e3 * s:.0f} ms" for n, s in by_layers.items())
-    exponent = fitted_exponent(list(by_layers), list(by_layers.values()))
+    fits = [exponent({count**2: took for count, took in found.items()}) for found in (products, times)]
     return [
         "",
         "## Scores of one layer, factors given",
         "",
-        *markdown_table(["samples", "milliseconds", "products of one block, ms", *budgets], rows),
+        *markdown_table(["samples", "milliseconds", *budgets], rows),
         "",
-        f"Fitted exponent of the number of pairs: {products_alone:.2f} for products, {whole:.2f} with the "
-        "forming of gradients from factors, which grows with the number of samples.",
+        f"Fitted exponent of the number of pairs: {fits[1]:.2f}; the forming of gradients from factors grows "
+        "with the number of samples.",
         "",
-        f"By layers, and so by parameters ({named}): fitted exponent {exponent:.2f}.",
+        f"Products of {_quarter(given)} heads of one block, whole gradients given, by samples of each task "
+        f"({_named(products)}): fitted exponent of the number of pairs {fits[0]:.2f}.",
+        "",
+        f"By layers, and so by parameters ({_named(by_layers)}): fitted exponent {exponent(by_layers):.2f}.",
     ]
+
+
+def best(call: Callable[[], object]) -> float:
+    """Least seconds of three calls, after one."""
+    call()
+    return min(timed(call)[0] for _ in range(3))
+
+
+def exponent(times: dict[int, float]) -> float:
+    """Fitted to seconds by size."""
+    return fitted_exponent(list(times), list(times.values()))
+
+
+def products_of_heads(given: Problem, count: int) -> Callable[[], object]:
+    """Products of a quarter of the heads of a block, for so many samples of each task."""
+    (weight, *_) = attention_weights(given).values()
+    entries = given.layout[0].projections["Q"].features.shape[1] * weight.shape[1]
+    drawn = torch.randn(2 * count, _quarter(given), entries, device=weight.device)
+    return partial(score_matrices, drawn[:count], drawn[count:], drawn[:count].square().mean(dim=0))
+
+
+def _quarter(given: Problem) -> int:
+    return max(1, given.layout[0].heads // 4)
+
+
+def _named(times: dict[int, float]) -> str:
+    return ", ".join(f"{size}: {1e3 * took:.0f} ms" for size, took in times.items())
 
 
 def peak_mib(gradients: SampleGradients, tasks: tuple[range, range]) -> float:
@@ -228,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--pairs", type=int, default=4, help="that the loop is measured on, then scaled")
     options.add_argument("--vmap-samples", type=int, default=4, help="that vmap is measured on, then scaled")
     options.add_argument("--growth-samples", type=int, nargs="+", default=[25, 50, 100])
+    options.add_argument("--growth-products", type=int, nargs="+", default=[100, 200, 400])
     options.add_argument("--growth-budgets", type=int, nargs="+", default=[64, 256])
     options.add_argument("--growth-layers", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--out", type=Path, help="Markdown file to write")
@@ -252,12 +269,12 @@ def report(given: Problem, args: argparse.Namespace) -> list[str]:
         "",
         *table(given, took),
         "",
-        f"Theria keeps factors of gradients, here {kept[0]:.0f} MiB in memory and {kept[1]:.0f} MiB in mapped "
-        f"files, and its scores from them include the Fisher information, the forming of whole gradients and "
-        f"the diagnostics. Whole gradients would be {whole:.1f} GiB. The loop goes through pairs, layers, blocks "
-        "and heads and sums the three equations, with I + ridge given. It is measured on "
-        f"{max(1, round(args.pairs**0.5)) ** 2} pairs and vmap on {args.vmap_samples} samples, and both are "
-        f"scaled to the whole; ways of scoring were measured in {_ROUNDS} turns.",
+        f"Theria keeps factors of gradients, here {kept[0]:.0f} MiB in memory and {kept[1]:.0f} MiB in "
+        "mapped files, and its scores from them include the Fisher information, the forming of whole "
+        f"gradients and the diagnostics. Whole gradients would be {whole:.1f} GiB. The loop goes through "
+        "pairs, layers, blocks and heads and sums the three equations, with I + ridge given. It is measured "
+        f"on {max(1, round(args.pairs**0.5)) ** 2} pairs and vmap on {args.vmap_samples} samples, and both "
+        f"are scaled to the whole; ways of scoring were measured in {_ROUNDS} turns.",
         *growth(given, gradients, args),
     ]
 

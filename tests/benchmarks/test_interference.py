@@ -21,7 +21,7 @@ from theria.interference import score_matrices
 @pytest.fixture(scope="module")
 def case():
     sizes = "--layers 2 --heads 2 --width 16 --vocab 11 --samples 3 --tokens 6 --pairs 1 --vmap-samples 2"
-    growth = "--growth-samples 1 2 3 --growth-layers 1 2 --growth-budgets 8"
+    growth = "--growth-samples 1 2 3 --growth-layers 1 2 --growth-budgets 8 --growth-products 2 3"
     args = parser().parse_args(f"{sizes} {growth}".split())
     return args, problem(args)
 

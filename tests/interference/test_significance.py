@@ -317,9 +317,7 @@ def test_as_many_permutations_as_needed_are_enough_and_one_fewer_is_refused(corr
 @pytest.mark.parametrize(("count_a", "labellings_there"), [(2, 15), (3, 10)])
 def test_too_few_samples_for_any_number_of_permutations(count_a, labellings_there):
     pairs = pair_scores(gradients(np.random.default_rng(13), 6, heads=2))
-    with pytest.raises(
-        TooFewSamplesError, match=rf"have {labellings_there} distinct labellings.* takes 40"
-    ):
+    with pytest.raises(TooFewSamplesError, match=rf"have {labellings_there} distinct labellings.* takes 40"):
         label_permutation(pairs, count_a)
 
 

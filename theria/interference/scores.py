@@ -1,6 +1,5 @@
 """The scores of all pairs of samples, from their gradients: matrix products over tiles of entries."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -78,7 +77,9 @@ def spans(heads: int, entries: int, largest: int) -> Iterator[tuple[slice, slice
     if largest >= entries:
         yield from ((part, slice(None)) for part in _parts(heads, largest // entries))
     else:
-        yield from ((slice(head, head + 1), part) for head in range(heads) for part in _parts(entries, largest))
+        yield from (
+            (slice(head, head + 1), part) for head in range(heads) for part in _parts(entries, largest)
+        )
 
 
 def _parts(total: int, largest: int) -> Iterator[slice]:
@@ -150,7 +151,7 @@ class PairSums:
         largest = min(max(limit // max(sum(each), 1), 1), weight.numel())
         held = [weight.new_empty(rows * largest) for rows in each]
         chosen = range(self.l1_a.shape[1])[heads]
-        for some, entries in spans(*weight.shape, largest):
+        for some, entries in spans(weight.shape[0], weight.shape[1], largest):
             of = slice(chosen[some][0], chosen[some][-1] + 1)
             w = weight[some, entries]
             scratch = [
@@ -158,7 +159,9 @@ class PairSums:
             ]
             self._add_tile(of, gradients_a[:, some, entries], gradients_b[:, some, entries], w, scratch)
 
-    def _add_tile(self, heads: slice, a: Tensor, b: Tensor, weight: Tensor, scratch: Sequence[Tensor]) -> None:
+    def _add_tile(
+        self, heads: slice, a: Tensor, b: Tensor, weight: Tensor, scratch: Sequence[Tensor]
+    ) -> None:
         """Add a tile, in memory for what meets |g_j|, for g_i / I and for |g_j|."""
         rows, scaled, size_b = scratch
         torch.abs(b, out=size_b)

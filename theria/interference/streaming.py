@@ -16,6 +16,7 @@ from theria.interference.layout import Projection
 from theria.interference.scores import PairSums, spans, weights
 from theria.interference.store import Gradient, gradient_bias, gradient_rows, other_features, squared_norm
 
+
 @dataclass(frozen=True)
 class Settings:
     """What scores are asked for: the samples of both tasks in the store, variants, Fisher and ridge."""
@@ -110,9 +111,7 @@ class _Block:
         self.count_a = int(self.present[self.task_a].sum())
         self.count_b = int(self.present[self.task_b].sum())
         heads = len(features)
-        self.sums = PairSums(
-            settings.variants, len(settings.task_a), len(settings.task_b), heads, self.like
-        )
+        self.sums = PairSums(settings.variants, len(settings.task_a), len(settings.task_b), heads, self.like)
         self.counts = torch.zeros(3, heads, dtype=torch.int64, device=gradients.device)
         self.size = 0
 
@@ -126,14 +125,13 @@ class _Block:
         of_bias = partial(gradient_bias, features=self.features)
         bias = self._form("bias", (*self.features.shape, 1), of_bias) if biased else None
         entries = self.features.numel() * (others + biased)
-        chunks = [*self._chunks(others)]
-        mean = None if len(chunks) == 1 else self._mean(self._total, bias, entries)
-        for heads, rows in chunks:
+        chunks, mean = [*self._chunks(others)], self.like
+        for number, (heads, rows) in enumerate(chunks):
             features = self.features[heads, rows]
             write = partial(gradient_rows, side=side, features=features)
             chunk = self._form("weight", (*features.shape, others), write)
-            if mean is None:
-                mean = self._mean(chunk.fisher.sum, bias, entries)
+            if number == 0:
+                mean = self._mean(self._total if len(chunks) > 1 else chunk.fisher.sum, bias, entries)
             self._add(heads, chunk, mean)
         if bias is not None:
             self._add(slice(None), bias, mean)

@@ -13,6 +13,7 @@ class Point(NamedTuple):
     tests: tuple[str, ...]
 
 
+_LAYOUT = "interference/test_layout.py::test_"
 _SCORES = "interference/test_scores.py::test_"
 _COMPUTE = "interference/test_compute.py::test_"
 _GRADIENTS = "interference/test_gradients.py::test_"
@@ -45,7 +46,7 @@ MUST = (
         "one ValueError that names all shapes, and layouts that partition every projection",
         (
             _SCORES + "shapes_and_dtypes_that_do_not_fit",
-            "interference/test_layout.py::test_slices_partition_every_projection",
+            _LAYOUT + "slices_partition_every_projection",
         ),
     ),
 )
@@ -86,7 +87,7 @@ NICE = (
     Point(
         "Device policy",
         "`computation_device` cpu, cuda or auto; cpu is the same from run to run",
-        (_COMPUTE + "devices",),
+        (_COMPUTE + "devices", _COMPUTE + "scores_on_a_gpu_are_those_of_float64_on_a_cpu"),
     ),
     Point(
         "Validation tests: head additivity, scale laws",
@@ -146,8 +147,55 @@ FURTHER = (
     ),
     Point(
         "Heat maps while training",
-        "`InterferenceHeatmap`, bit-identical training with and without",
-        (_HEATMAP + "training_is_bit_identical_with_and_without_it",),
+        "`InterferenceHeatmap`, bit-identical training with and without, in one process and in two",
+        (
+            _HEATMAP + "training_is_bit_identical_with_and_without_it",
+            _HEATMAP + "the_first_of_two_processes_measures_and_training_does_not_notice",
+        ),
+    ),
+    Point(
+        "Head layouts of GPT-2, Llama, Qwen3, GPT-NeoX, Phi-3 and our models",
+        "found from classes and shapes, or given; every entry in one slice; unknown ones say what was found",
+        (
+            _LAYOUT + "slices_partition_every_projection",
+            _LAYOUT + "zeroing_a_value_path_zeroes_its_output_slice_alone",
+            _LAYOUT + "an_unknown_layout_says_what_was_found",
+        ),
+    ),
+    Point(
+        "Gradients of samples by hooks",
+        "eager and SDPA attention, gradient checkpointing, bf16 models, padded batches; torch.func agrees",
+        (
+            _GRADIENTS + "equal_one_backward_a_sample",
+            _GRADIENTS + "equal_one_backward_under_each_attention_with_checkpointing",
+            _GRADIENTS + "mixed_lengths_in_padded_batches_change_nothing",
+            _GRADIENTS + "equal_torch_func",
+        ),
+    ),
+    Point(
+        "Memory bounded by a budget",
+        "factors in memory or in mapped files; gradients of one block, or some of its rows, at a time",
+        (
+            _COMPUTE + "any_budget_gives_the_same_numbers",
+            _COMPUTE + "memory_stays_within_the_budget",
+            _GRADIENTS + "records_beyond_the_memory_are_mapped_files",
+        ),
+    ),
+    Point(
+        "Missing gradients",
+        "frozen layers, unused maps and gradients that are not finite are NaN with a mask, and in no mean",
+        (
+            _COMPUTE + "frozen_and_unused_projections_are_missing",
+            _COMPUTE + "gradients_that_are_not_finite_are_missing_and_named",
+        ),
+    ),
+    Point(
+        "Intervals of means",
+        "bootstrap over the samples of both tasks",
+        (
+            _SIGNIFICANCE + "intervals_cover_the_mean",
+            _SIGNIFICANCE + "intervals_of_samples_of_one_task_are_scipys",
+        ),
     ),
 )
 LISTS = (("Must do", MUST), ("Should do", SHOULD), ("Nice to have", NICE), ("Beside the lists", FURTHER))

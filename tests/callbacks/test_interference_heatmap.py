@@ -3,6 +3,7 @@
 import copy
 import warnings
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from callbacks.rng_state import collect_rng_state
 from datamodules import CalibrationText, SyntheticSeqCls
 from datamodules.documents import Domain
 from datamodules.loader import BatchIndex
+from datamodules.packing import TextBatch
 from datamodules.recall_sequences import Recall
 from lightning_modules import MemoryLM, MetaSeqClassifier
 from theria.interference import Ridge, compute
@@ -274,6 +276,46 @@ def test_its_numbers_are_those_of_the_library(kind, corpus):
     assert 0 < row["interference/probe_seconds"] < 30
     assert 0 < row["interference/probe_share"] < 1
     assert np.mean(found.scores["symmetric"]["Q"]) > 0
+
+
+def test_windows_without_a_label_are_no_samples():
+    def window(places):
+        labels = torch.tensor([[-100, -100, -100 if places.start == 1 else 7, 7]])
+        whole = torch.zeros(1, 4, dtype=torch.int64)
+        one = torch.zeros(1, dtype=torch.int64)
+        return TextBatch(whole, labels, whole, whole.bool(), one, one, torch.tensor([places.start]))
+
+    dataset = type("Windows", (), {"__getitem__": lambda _, index: window(index.ids)})()
+    loader = SimpleNamespace(shard=SimpleNamespace(num_items=3), dataset=dataset)
+    found = InterferenceHeatmap(samples=5, max_tokens=3)._windows(loader, torch.device("cpu"))
+    assert [int(kept.sample_ids) for kept in found] == [0, 2]
+    assert all(kept.tokens.shape == (1, 3) for kept in found)
+
+
+def test_the_budget_and_the_device_reach_the_library(corpus, monkeypatch):
+    given = {}
+
+    def noting(*args, **options):
+        given.update(options)
+        return compute(*args, **options)
+
+    monkeypatch.setattr("callbacks.interference_heatmap.compute", noting)
+    fit("classes", corpus, InterferenceHeatmap(samples=2, memory_mib=3.5, fisher="pooled"), steps=1)
+    assert (given["memory_budget_mib"], given["computation_device"]) == (3.5, "cpu")
+
+
+def test_the_share_of_time_is_that_of_all_measurements(corpus, monkeypatch):
+    clock = iter(range(1000))
+    # every look at the clock is a second later
+    monkeypatch.setattr(
+        "callbacks.interference_heatmap.time", SimpleNamespace(perf_counter=lambda: next(clock))
+    )
+    callback = InterferenceHeatmap(every_n_steps=1, samples=2, variants=["signed"])
+    _, _, logger = fit("classes", corpus, callback, steps=3)
+    rows = [row for _, row in logger.of("interference/")]
+    assert [row["interference/probe_seconds"] for row in rows] == [1, 1, 1]
+    # training starts at 0, and each measurement looks twice
+    assert [row["interference/probe_share"] for row in rows] == pytest.approx([1 / 2, 2 / 4, 3 / 6])
 
 
 def test_domains_can_be_chosen(corpus):

@@ -9,10 +9,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from callbacks.interference_figures import draw_heat_map
 from experiments.interference.__main__ import main
 from experiments.interference.models import load, token_loss
 from lightning_modules import MemoryLM
-from theria.interference import Ridge, compute
+from theria.interference import Ridge, bootstrap_intervals, collect, compute, score, significance
 
 WORDS = ["[unk]", "the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and", "then", "it", "was", "far"]
 SIZES = {"width": 16, "blocks": 2, "heads": 2, "window": 8, "memory_heads": 1, "memory_dim": 8, "slots": 4}
@@ -186,6 +187,81 @@ def test_with_a_ridge_the_deviation_is_stated_and_pooled_has_none(checkpoint, fi
     out = run(checkpoint, files, tmp_path / "pooled", "--fisher", "pooled", "--variants", "signed")
     assert "differ by" not in (out / "report.md").read_text()
     assert not (out / "directional.png").exists()
+
+
+def test_every_option_reaches_the_library(hugging_face, files, tmp_path, monkeypatch):
+    framed = {}
+
+    def noting(result, variant, *, significant):
+        framed[variant] = significant
+        return draw_heat_map(result, variant, significant=significant)
+
+    monkeypatch.setattr("experiments.interference.run.draw_heat_map", noting)
+    # of its two layers the second alone
+    layout = {"attention": "transformer.h.1.attn", "qkv": "c_attn", "order": "contiguous", "o": "c_proj"}
+    options = ("--samples", "6", "--blocks", "VO", "--variants", "signed", "symmetric", "--fisher", "pooled")
+    options += (
+        "--layout",
+        json.dumps(layout),
+        "--ridge",
+        "conditional:1e-6",
+        "--level",
+        "0.2",
+        "--seed",
+        "3",
+    )
+    options += (
+        "--test",
+        "symmetric",
+        "--correction",
+        "max_t",
+        "--permutations",
+        "300",
+        "--confidence",
+        "0.5",
+    )
+    with pytest.warns(UserWarning, match="a mean over 6 samples"):
+        out = run(f"hf:{hugging_face}", files, tmp_path / "out", *options)
+    loaded = load(f"hf:{hugging_face}", None)
+    texts = [part for part in files[0].read_text().split("\n\n") if part.strip()][:6]
+    texts += [json.loads(line)["text"] for line in files[1].read_text().splitlines()[:6]]
+    gradients = collect(
+        loaded.model, token_loss, [loaded.encode(text) for text in texts], blocks="VO", layout=layout
+    )
+    tasks, ridge = (range(6), range(6, 12)), Ridge("conditional", 1e-6)
+    expected = score(
+        gradients,
+        *tasks,
+        variants=("signed", "symmetric"),
+        fisher="pooled",
+        ridge=ridge,
+        min_samples_for_fisher=1,
+    )
+    tested = significance(
+        gradients,
+        *tasks,
+        variant="symmetric",
+        ridge=ridge,
+        correction="max_t",
+        level=0.2,
+        permutations=300,
+        seed=3,
+    )
+    arrays, heads = np.load(out / "arrays.npz"), pd.read_csv(out / "heads.csv")
+    assert arrays["scores_signed_O"].shape == (6, 6, 1, 3)
+    assert set(heads["block"]) == {"V", "O"}
+    for block in "VO":
+        for variant in expected.variants:
+            found = arrays[f"scores_{variant}_{block}"]
+            np.testing.assert_array_equal(found, expected.scores[variant][block])
+        np.testing.assert_array_equal(arrays[f"adjusted_{block}"], tested.adjusted[block])
+        interval = bootstrap_intervals(expected.scores["signed"][block], confidence=0.5, resamples=50, seed=3)
+        mine = heads[heads["block"] == block]
+        for column, bounds in zip(("signed_low", "signed_high"), interval, strict=True):
+            np.testing.assert_allclose(mine[column], bounds.ravel(), rtol=1e-6)
+    assert framed["signed"] is None
+    for block, significant in framed["symmetric"].items():
+        np.testing.assert_array_equal(significant, tested.significant(block))
 
 
 def test_too_few_samples_for_a_test_are_said(checkpoint, files, tmp_path):

@@ -179,6 +179,9 @@ def test_frozen_and_unused_projections_are_missing():
     assert result.missing_b["K"].tolist() == [[True, False]]
     assert result.missing("O")[:, 0].tolist() == [[False, False], [False, False], [True, True]]
     assert np.isnan(result.diagnostics["O"].gradient_l1_a[2]).all()
+    for of_b in (result.diagnostics["K"].gradient_l1_b, result.diagnostics["K"].live_l1_b):
+        assert np.isnan(of_b[0, 0]).all()
+        assert np.isfinite(of_b[0, 1]).all()
     assert np.isnan(result.layer_head_avg("signed", "K")[0]).all()
     assert np.isfinite(result.layer_head_avg("signed", "K")[1]).all()
     assert {c.sample_i for c in result.top_conflicts("symmetric", "O", 1000)} == {0, 1}

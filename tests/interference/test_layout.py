@@ -143,6 +143,10 @@ def test_a_mapping_describes_what_is_not_known():
     assert first.projections["Q"].features.tolist() == [[0, 1], [6, 7]]
     assert first.projections["V"].features.tolist() == [[4, 5], [10, 11]]
     assert first.projections["O"].side == "input"
+    # 16 outputs for 4 queries of 2 leave 2 keys and 2 values
+    grouped = nn.ModuleDict({"a": Renamed(16, 8)})
+    (layer,) = layout_from(grouped, mapping | {"attention": "a", "heads": 4, "head_dim": 2})
+    assert layer.projections["K"].features.tolist() == [[4, 5], [12, 13]]
     nested = nn.ModuleDict({"blocks": model})
     mapping |= {"attention": "blocks.*", "o": None, "heads": 2}
     del nested["blocks"]["c"]

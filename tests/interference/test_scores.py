@@ -41,6 +41,17 @@ def divided_by(ridge, entry, mean):
     return entry + value if entry < value / 10 else entry
 
 
+def is_clamped(ridge, entry):
+    """Whether an entry lies below the ridge's threshold, by the seed's equations."""
+    below = {
+        "relative": 0,
+        "absolute": ridge.value / 100,
+        "floor": ridge.value,
+        "conditional": ridge.value / 10,
+    }
+    return entry < below[ridge.kind]
+
+
 def by_loops(name, gradients_a, gradients_b, fisher, ridge):
     """Every score and diagnostic of a family, one pair, head and parameter entry after the other."""
     owned = family(name).owned
@@ -61,6 +72,8 @@ def by_loops(name, gradients_a, gradients_b, fisher, ridge):
         divisors = [divided_by(ridge, entry, float(of_block.mean())) for entry in information]
         raised = [d - entry > entry for d, entry in zip(divisors, information, strict=True)]
         found["ridge_share", layer, block, head] = sum(raised) / len(raised)
+        clamped = [is_clamped(ridge, entry) for entry in information]
+        found["clamped_share", layer, block, head] = sum(clamped) / len(clamped)
         for i, j in itertools.product(range(len(gradients_a)), range(len(gradients_b))):
             g_i = head_gradient(slices, gradients_a[i]).tolist()
             g_j = head_gradient(slices, gradients_b[j]).tolist()
@@ -78,7 +91,7 @@ def by_loops(name, gradients_a, gradients_b, fisher, ridge):
 
 def assert_equal_loops(result, expected, rtol=1e-9):
     for (quantity, *place), value in expected.items():
-        if quantity == "ridge_share":
+        if quantity in ("ridge_share", "clamped_share"):
             layer, block, head = place
             assert getattr(result.diagnostics[block], quantity)[layer, head] == pytest.approx(value)
             continue
@@ -305,15 +318,17 @@ def test_a_number_is_an_absolute_ridge_with_the_seeds_clamp():
     named = score_matrices(g_a, g_b, fisher, ridge=Ridge("absolute"))
     for variant in VARIANTS:
         assert torch.equal(found[variant], named[variant])
-    tiny = torch.tensor([1e-12, 1e-9, 1.0]).double()
-    divisor = Ridge("absolute").denominator(tiny, tiny.mean())
-    torch.testing.assert_close(divisor.value, torch.tensor([1.01e-8, 1.1e-8, 1 + 1e-8]).double())
-    assert divisor.clamped.tolist() == [True, False, False]
-    assert divisor.exceeded.tolist() == [True, True, False]
-    divisor = Ridge("conditional").denominator(tiny, tiny.mean())
-    torch.testing.assert_close(divisor.value, torch.tensor([1e-12 + 1e-8, 1e-9, 1.0]).double())
-    assert Ridge("floor").denominator(tiny, tiny.mean()).value.tolist() == pytest.approx([1e-10, 1e-9, 1])
-    assert Ridge().denominator(tiny, tiny.mean()).value[0] == pytest.approx(1e-12 + 1e-3 / 3, rel=1e-6)
+    tiny = torch.tensor([1e-12, 2e-9, 1.0], dtype=torch.float64)
+    for ridge, values, exceeded in (
+        (Ridge("absolute"), [1.01e-8, 1.2e-8, 1 + 1e-8], [True, True, False]),
+        (Ridge("conditional"), [1.0001e-8, 2e-9, 1], [True, False, False]),
+        (Ridge("floor"), [1e-10, 2e-9, 1], [True, False, False]),
+        (Ridge(), [1e-3 / 3 + 1e-12, 1e-3 / 3 + 2e-9, 1 + 1e-3 / 3], [True, True, False]),
+    ):
+        divisor = ridge.denominator(tiny, tiny.mean())
+        assert divisor.value.tolist() == pytest.approx(values, rel=1e-8, abs=0)
+        assert divisor.clamped.tolist() == [ridge.kind != "relative", False, False]
+        assert divisor.exceeded.tolist() == exceeded
 
 
 @pytest.mark.parametrize(

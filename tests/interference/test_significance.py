@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 
 from theria.interference import (
+    Ridge,
     TooFewSamplesError,
     bootstrap_intervals,
     collect,
@@ -85,6 +86,13 @@ def test_random_p_values_are_scipys_within_their_error(alternative):
     for head in range(2):
         p = scipy_test(pairs["Q"][:, :, 0, head], alternative, A, 8000).pvalue
         assert abs(ours.p_values["Q"][0, head] - p) < 6 * np.sqrt(max(p, 1e-3) / 8000)
+
+
+def test_relabellings_are_the_same_for_a_seed_and_others_for_another():
+    pairs = pair_scores(gradients(np.random.default_rng(4), heads=4))
+    first, again, other = (label_permutation(pairs, A, seed=seed).effect["Q"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).all()
 
 
 def test_false_discoveries_are_scipys():
@@ -254,6 +262,16 @@ def test_a_model_is_tested_head_by_head():
     )
     for block in "QKVO":
         np.testing.assert_array_equal(tested.p_values[block], direct.p_values[block])
+    options = {"ridge": Ridge("absolute", 1e-2), "heads": [3], "variants": ("signed",)}
+    everyone = score(named, range(1, 11), range(1, 11), **options)
+    direct = label_permutation(everyone.scores["signed"], 4, heads=everyone.heads, level=0.3)
+    other = significance(
+        found, range(1, 5), range(5, 11), ridge=Ridge("absolute", 1e-2), heads=[3], level=0.3
+    )
+    assert other.heads["K"] == (1,)
+    for block in "QKVO":
+        np.testing.assert_array_equal(other.p_values[block], direct.p_values[block])
+        assert not np.array_equal(other.effect[block][:, 0], tested.effect[block][:, -1])
     assert tested.alternative == "less"
     assert tested.heads["K"] == (0, 1)
     assert tested.p_values["Q"].shape == (2, 4)

@@ -115,8 +115,8 @@ def measured(given: Problem, gradients: SampleGradients, args: argparse.Namespac
     for turn in range(_TURNS):
         layer = turn % layers
         scoring = partial(scored, given, of_layers(gradients, slice(layer, layer + 1)))
-        calls = {"scoring": scoring, "products": products, "held": held, "formed": formed}
-        for name, call in calls.items():
+        ways: tuple[Callable[[], object], ...] = (scoring, products, held, formed)
+        for name, call in zip(times, ways, strict=True):
             times[name].append(timed(call)[0])
     del drawn, own
     print("# vmap", flush=True)

@@ -1,7 +1,7 @@
 """Let training heal itself under observation, and write what it did on one page.
 
     python -m experiments.self_healing --jobs 14 --out docs/results/self_healing.md
-    python -m experiments.self_healing --device cuda --costs-alone --out docs/results/self_healing_costs_h200.md
+    python -m experiments.self_healing --costs-alone --device cuda --out docs/results/healing_costs_h200.md
 
 Healthy runs (three jobs, a run a seed), runs with injected faults, and the cost of watching. Every run leaves
 its figures in a file of the work directory; the same command goes on with what is missing.

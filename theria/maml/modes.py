@@ -7,10 +7,11 @@ from typing import TypeVar
 class MetaMode(StrEnum):
     """What the outer gradient may see of the inner loop.
 
-    FULL       second-order MAML: the inner gradients are differentiated (Finn et al. 2017, eq. 1).
-    FO         first-order MAML: the inner gradients are constants, the graph of the parameters stays.
-    FO_STRICT  FO, and the adapted parameters are cut from the initial ones; the query gradient at the
-               adapted parameters is applied to the initial ones. In exact arithmetic the same as FO.
+    Attributes:
+        FULL: second-order MAML: the inner gradients are differentiated (Finn et al. 2017, eq. 1).
+        FO: first-order MAML: the inner gradients are constants, the graph of the parameters stays.
+        FO_STRICT: FO, and the adapted parameters are cut from the initial ones; the query gradient at the
+            adapted parameters is applied to the initial ones. In exact arithmetic the same as FO.
     """
 
     FULL = "FULL"
@@ -21,9 +22,10 @@ class MetaMode(StrEnum):
 class Strategy(StrEnum):
     """How a meta-gradient is computed; both give the same numbers within rounding.
 
-    UNROLLED  automatic differentiation through the unrolled inner loop: the definition.
-    SWEEP     the parameters' trajectory is kept and walked backwards with one forward-over-reverse
-              Hessian-vector product a step.
+    Attributes:
+        UNROLLED: automatic differentiation through the unrolled inner loop: the definition.
+        SWEEP: the parameters' trajectory is kept and walked backwards with one forward-over-reverse
+            Hessian-vector product a step.
     """
 
     UNROLLED = "unrolled"

@@ -230,7 +230,7 @@ def test_costs_can_be_measured_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = tmp_path / "page.md"
     command.main(["--costs-alone", "--device", "cuda", "--work", str(tmp_path), "--out", str(out)])
     text = out.read_text()
-    assert "| memory_lm_60m | configs/memory_lm_60m.yaml, unchanged | cuda | 100.00 | 0.150% ± 0.635% |" in text
+    assert "| configs/memory_lm_60m.yaml, unchanged | cuda | 100.00 | 0.150% ± 0.635% |" in text
     assert "False alarms" not in text
 
 

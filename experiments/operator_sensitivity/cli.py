@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments.operator_sensitivity.answer import answer
 from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.gate import CONDITIONS, judge
 from experiments.operator_sensitivity.ledger import Ledger
@@ -94,7 +95,9 @@ def run_report(arguments: Sequence[str]) -> int:
         f"python -m experiments.operator_sensitivity report --tag {' '.join(args.tag)} --page {args.page}"
     )
     heading = [f"This page: `{command}`, from the rows of the commands below.", ""]
-    write_page([lines for lines, _ in found], args.page, [*heading, *([*preface, ""] if preface else [])])
+    first = answer({tag: Ledger(args.source, tag).read() for tag in args.tag})
+    sections = [first, *(lines for lines, _ in found)]
+    write_page(sections, args.page, [*heading, *([*preface, ""] if preface else [])])
     return int(any(strict.disagreeing for _, strict in found))
 
 

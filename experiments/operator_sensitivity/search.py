@@ -159,6 +159,8 @@ data:
     length: {run.seq_len}
     num_signal_positions: {run.num_signal_positions}
     noise: {run.noise}
+trainer:
+  max_steps: {run.outer_steps}
 """
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.operator_sensitivity.answer import answer
 from experiments.operator_sensitivity.ledger import Ledger, write_csv
 from experiments.operator_sensitivity.plots import draw_all
 from experiments.operator_sensitivity.report import combine, risk_checks_csv, write_page
@@ -99,6 +100,25 @@ def test_published_numbers_stand_beside_runs_of_their_length_only(tmp_path, made
     assert "published" not in short
     assert re.search(r"\| reference \| FULL \| 10 \|.*\| 0.9385 \|", long)
     assert re.search(r"\| reference \| FO \| 10 \|.*\| 0.9350 \|", long)
+
+
+def test_the_answer_claims_with_enough_seeds_alone(made):
+    fused = dataclasses.replace(made.TINY, backend="triton_fused", device="cpu")
+    gains = [0.05 + n / 10 for n in NOISE]
+    few = made.pairs(gains[:2], dataclasses.replace(made.TINY, inner_steps=10, outer_steps=1000))
+    tables = {"many": pd.DataFrame([*made.pairs(gains), *made.pairs(gains, fused)]), "few": pd.DataFrame(few)}
+    text = "\n".join(answer(tables))
+    assert "**many** (reference on cpu, 8 paired seeds, 4 outer steps)" in text
+    assert f"k = 1: {np.mean(gains):+.4f} [" in text
+    assert "FULL higher" in text
+    assert "no claim: few" in text
+    # FULL .565 and FO .515 over two seeds, published .9385 and .9350
+    assert "Of 2 means that have a published one beside them" in text
+    assert "0 are above it" in text
+    assert (
+        "**many**: 16 runs of triton_fused and the same runs of reference differ in accuracy by at most 0"
+        in text
+    )
 
 
 @pytest.mark.parametrize(("gain", "opens"), [(0.05, True), (0.0, False)])

@@ -49,7 +49,12 @@ _NAMED_IN_CONFIGURATIONS = (callbacks, datamodules, lightning_modules)
 def main(args: list[str] | None = None) -> None:
     """Run the command line; None stands for the arguments of the process."""
     _silence_third_parties()
-    TheriaCLI(args=sys.argv[1:] if args is None else args)
+    try:
+        TheriaCLI(args=sys.argv[1:] if args is None else args)
+    except Exception as error:
+        if is_about_the_disk(error) or is_about_settings(error):
+            fail(str(error))
+        raise
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -271,8 +276,17 @@ def _check_agreement(model: LightningModule, data: LightningDataModule) -> None:
 
 
 def _check_shapes(model: LightningModule, restart: Restart) -> None:
-    for name, value in model.state_dict().items():
-        saved = restart.shapes.get(name, value.shape)
+    configured = model.state_dict()
+    lacks = [name for name in configured if name not in restart.shapes]
+    more = [name for name in restart.shapes if name not in configured]
+    if lacks or more:
+        what = [f"{verb} {names[0]}" for verb, names in (("lacks", lacks), ("has", more)) if names]
+        fail(
+            f"{restart.checkpoint} is of another model: beside {type(model).__name__} as configured it "
+            f"{' and '.join(what)} ({len(lacks) + len(more)} such names); use the configuration of its run"
+        )
+    for name, value in configured.items():
+        saved = restart.shapes[name]
         if saved != value.shape:
             fail(
                 f"{restart.checkpoint} is of another model: {name} has the shape {tuple(saved)} in it and "

@@ -31,6 +31,10 @@ _DISK = (
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
 )
 
 
@@ -75,13 +79,18 @@ def is_about_settings(error: Exception) -> bool:
     """Whether an exception out of a run blames what the user configured rather than a fault in the code.
 
     So does Lightning's own type for it, and so does a check of values that fails outside of the steps: of an
-    optimiser that is built, a loader that is set up, a position that is restored.
+    optimiser that is built, a loader that is set up, a position that is restored. In a step too, what is not
+    implemented is a backend or a kernel that was named; and what Lightning misses is a package.
     """
     if isinstance(error, MisconfigurationException):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     in_a_step = any(frame.name in ("training_step", "validation_step", "test_step") for frame in frames)
     is_a_check = bool(frames) and (frames[-1].line or "").startswith("raise ")
+    if isinstance(error, ModuleNotFoundError):
+        return str(error).startswith("Requirement ")
+    if isinstance(error, NotImplementedError):
+        return is_a_check
     return isinstance(error, ValueError | TypeError) and is_a_check and not in_a_step
 
 

@@ -324,43 +324,6 @@ def test_checkpoints_are_written_atomically(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [AtomicCheckpointIO]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model.init_args.widht", "3"], "'widht' is not accepted"),
-        (["--trainer.max_stepz", "3"], "--trainer.max_stepz"),
-        (["--config", "nothing.yaml"], "nothing.yaml"),
-        (["--model.init_args.width", "wide"], "width: Expected a int"),
-        (["--trainer.max_steps", "many"], "trainer.max_steps: Expected a int"),
-        (["--model", "MetaSeqClasifier"], "no class MetaSeqClasifier"),
-        (["--trainer.callbacks+=EarlyStoping"], "no class EarlyStoping"),
-        (["--model.init_args.width", "0"], "width must be a positive integer"),
-        (["--model.init_args.mode", "SECOND"], "'SECOND' is not one of FULL, FO, FO_STRICT"),
-        (["--data.init_args.meta_batch_size", "0"], "meta_batch_size"),
-        (["--model.init_args.optimizer.init_args.lr", "-1"], "Invalid learning rate: -1.0"),
-        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val has no effect.*leave it out"),
-        (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches has no effect"),
-        (["--trainer.val_check_interval", "0"], "val_check_interval must not be 0"),
-        (
-            ["--trainer.val_check_interval", "99", "--trainer.check_val_every_n_epoch", "1"],
-            "val_check_interval` .99. must be less",
-        ),
-        (["--trainer.limit_val_batches=-3"], "limit_val_batches"),
-        (["--trainer.val_check_interval", "00:00:00:01"], "val_check_interval"),
-        (["--data.init_args.width", "9"], "width is 6 for MetaSeqClassifier and 9 for SyntheticSeqCls"),
-        (["--data.init_args.num_classes", "4"], "num_classes is 2 for MetaSeqClassifier and 4"),
-        (["--ckpt_path", "nowhere"], "no such run directory"),
-        (["--ckpt_path", "last"], "name a run directory"),
-        (["--trainer.callbacks+=AttentionGradLogger", "--trainer.callbacks.projections", "[other]"], "other"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_wrong_input_ends_with_one_line(
-    capsys: pytest.CaptureFixture[str], args: list[str], message: str
-) -> None:
-    assert re.search(message, refused(capsys, "fit", *args))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no GPU is usable: take cpu or auto" in refused(capsys, "fit", "--trainer.accelerator", "gpu")

@@ -29,9 +29,7 @@ def resolve_kernel(
         ValueError: for another name, or a chunk size that is not a positive integer.
         NotImplementedError: if "fla" is named and cannot do the call; it says why.
     """
-    check_kernel(kernel)
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, received {chunk_size!r}")
+    check_kernel(kernel, chunk_size)
     if kernel == "tensor" or (kernel == "auto" and query.shape[-2] < chunk_size):
         return "tensor"
     reason = refusal(_autocast_dtype(query), query.device, key.shape[-1], chunk_size)
@@ -42,10 +40,12 @@ def resolve_kernel(
     return "tensor"
 
 
-def check_kernel(kernel: str) -> None:
-    """Raise ValueError for a kernel that is none."""
+def check_kernel(kernel: str, chunk_size: int) -> None:
+    """Raise ValueError for a kernel that is none, or a chunk size that is not a positive integer."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, received {kernel!r}")
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, received {chunk_size!r}")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

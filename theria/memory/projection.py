@@ -142,7 +142,7 @@ class QKProjection(nn.Module):
 
     def __init__(self, persistent: PersistentMemory, *, chunk_size: int = 64, kernel: str = "auto") -> None:
         super().__init__()
-        check_kernel(kernel)
+        check_kernel(kernel, chunk_size)
         _, heads, self.dim = persistent.vectors.shape
         self.persistent = persistent
         self.chunk_size = chunk_size
@@ -204,7 +204,7 @@ class AssociativeMemory(nn.Module):
         super().__init__()
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, received {rule!r}")
-        check_kernel(kernel)
+        check_kernel(kernel, chunk_size)
         self.rule = next(known for known in RULES if known == rule)
         self.chunk_size = chunk_size
         self.kernel = kernel

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any

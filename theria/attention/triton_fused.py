@@ -285,13 +285,15 @@ def _derivatives(
     def alike(*tensors: Tensor) -> list[Tensor]:
         return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
 
-    q, k, v, o, rows = alike(query, key, value, out, lse)
-    cotangent = o.to(q.dtype)
-
+    # made when they are asked for: most calls find all compiled
     def first() -> Operands:
+        q, k, v, o, rows = alike(query, key, value, out, lse)
+        cotangent = o.to(q.dtype)
         return _vjp_operands(q, k, v, o, rows, cotangent, alike(q, k, v), [rows] * 2)
 
     def second() -> Operands:
+        q, k, v, o, rows = alike(query, key, value, out, lse)
+        cotangent = o.to(q.dtype)
         curvature = Curvature(*alike(q, k, v, cotangent))
         return _hvp_operands(q, k, v, o, rows, cotangent, alike(q, k, v), curvature, [rows] * 4)
 

@@ -2,8 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from callbacks.evaluation_mode import evaluation_mode
 from callbacks.interference_figures import draw_heat_map
 from callbacks.intervals import checked_interval
 from callbacks.loop_state import log_values, logging_step
@@ -160,7 +160,7 @@ class InterferenceHeatmap(Callback):
     def measure(self, trainer: Trainer, pl_module: Any) -> InterferenceResult:
         """Scores of the model as it is."""
         model = pl_module.model
-        with _in_evaluation_mode(model), warnings.catch_warnings():
+        with evaluation_mode(model), warnings.catch_warnings():
             # few samples are what a probe is given
             warnings.filterwarnings("ignore", message=".*fewer than min_samples_for_fisher")
             probe = self.probe(trainer, pl_module)
@@ -270,15 +270,3 @@ def _class_loss(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Tensor:
     x, y = sample
     logits = model(x[None])
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y[None])
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again behind it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

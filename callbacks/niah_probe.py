@@ -2,8 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
+from callbacks.evaluation_mode import evaluation_mode
 from callbacks.intervals import checked_interval
 from callbacks.loop_state import log_values, logging_step
 from callbacks.metrics_jsonl import MetricsJSONL
@@ -172,7 +172,7 @@ class NIAHProbe(Callback):
             # what training has queued is not the probe's cost
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        with _evaluating(self._model):
+        with evaluation_mode(self._model):
             branches = memory_branches(self._model)
             haystack = self._haystack.like(branches[0])
             capacity = tuple(probe_memories(branches, haystack, pairs=pairs) for pairs in self.capacity)
@@ -234,15 +234,3 @@ def _model_of(module: LightningModule) -> MemoryLM:
             f"of 1 or more; {type(module).__name__} has none: leave the callback out"
         )
     return model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module put back to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from callbacks import MetricsJSONL, NIAHProbe, ResumableCheckpoint, RNGState, read_metrics
-from callbacks.niah_probe import _evaluating
 from callbacks.rng_state import collect_rng_state
 from datamodules import CalibrationText
 from datamodules.documents import Domain
@@ -157,20 +156,6 @@ def test_training_is_bit_identical_with_and_without_it_on_cuda(corpus, precision
             assert_same(alone, seen_by_training(corpus, NIAHProbe(every_n_steps=1, **SMALL), **options))
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_modes_are_put_back_where_the_probe_fails():
-    model = nn.Sequential(nn.Dropout(), nn.Dropout())
-    model[1].eval()
-
-    def fail() -> None:
-        with _evaluating(model):
-            assert not any(part.training for part in model.modules())
-            raise ArithmeticError
-
-    with pytest.raises(ArithmeticError):
-        fail()
-    assert [part.training for part in model.modules()] == [True, True, False]
 
 
 class Copies(Callback):

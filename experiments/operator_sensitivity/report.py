@@ -1,7 +1,8 @@
 """Everything that is made of finished runs: combined and summary CSVs, pictures, the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -41,18 +42,23 @@ def _risk_checks(ledger: Ledger, directory: Path) -> list[str]:
         return []
     checks = pd.read_csv(source, keep_default_na=False)
     write_csv(checks, risk_checks_csv(directory, ledger.tag))
-    lines = [
-        [row["verdict"], row["name"], f"{row['figure']:.3g}", f"{row['limit']:g}", row["note"]]
-        for row in checks.to_dict("records")
-    ]
     return [
         "### Risk checks",
         "",
         f"Command: `python -m experiments.operator_sensitivity risk --tag {ledger.tag}`, on the same device.",
         "",
-        *markdown_table(["verdict", "check", "figure", "limit", "conditions"], lines),
+        *risk_checks_table(checks.to_dict("records")),
         "",
     ]
+
+
+def risk_checks_table(checks: Iterable[Mapping[Any, Any]]) -> list[str]:
+    """Markdown of the rows of the risk checks' CSV."""
+    lines = [
+        [row["verdict"], row["name"], f"{row['figure']:.3g}", f"{row['limit']:g}", row["note"]]
+        for row in checks
+    ]
+    return markdown_table(["verdict", "check", "figure", "limit", "conditions"], lines)
 
 
 def write_tables(ledger: Ledger, directory: Path) -> pd.DataFrame:

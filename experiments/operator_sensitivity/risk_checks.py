@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import markdown_table
 from callbacks import ResumableCheckpoint, RNGState
 from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.fit import fit, prepare_process, train
 from experiments.operator_sensitivity.ledger import TIMINGS, Ledger, write_csv
 from experiments.operator_sensitivity.options import add_execution, base_run, parser
-from experiments.operator_sensitivity.report import risk_checks_csv
+from experiments.operator_sensitivity.report import risk_checks_csv, risk_checks_table
 from experiments.operator_sensitivity.runs import Run, grid
 from theria.attention import scaled_dot_product_attention
 from theria.curvature import relative_difference
@@ -159,9 +158,8 @@ def run_risk_checks(arguments: Sequence[str]) -> int:
     runs = [dataclasses.replace(run, device=device) for device in devices]
     groups = [check(one) for one in runs for check in (determinism, resumed_training)]
     found = [check for group in (*groups, resumed_grid(runs[0]), parity(args.device)) for check in group]
-    lines = [[c.verdict, c.name, f"{c.figure:.3g}", f"{c.limit:g}", c.note] for c in found]
-    print("\n".join(markdown_table(["verdict", "check", "figure", "limit", "conditions"], lines)))
     rows = [dataclasses.asdict(c) | {"verdict": c.verdict} for c in found]
+    print("\n".join(risk_checks_table(rows)))
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, risk_checks_csv(args.out, args.tag))
     return int(any(check.verdict == "FAIL" for check in found))

@@ -14,7 +14,7 @@ class Isolated:
 
     def __init__(self, start: Callable[[], None] | None = None) -> None:
         self._start = start
-        self._pool = processes(1, start)
+        self._pool = process_pool(1, start)
 
     def __call__(self, job: Callable[[], float]) -> float:
         """What the function returns; infinity where it faults."""
@@ -23,10 +23,10 @@ class Isolated:
         except (RuntimeError, BrokenExecutor) as error:
             print(f"# fault: {job}: {str(error).splitlines()[0]}", flush=True)
             self._pool.shutdown()
-            self._pool = processes(1, self._start)
+            self._pool = process_pool(1, self._start)
             return float("inf")
 
 
-def processes(count: int | None, start: Callable[[], None] | None = None) -> ProcessPoolExecutor:
+def process_pool(count: int | None, start: Callable[[], None] | None = None) -> ProcessPoolExecutor:
     """Processes that share nothing with this one, as CUDA wants them."""
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=start)

@@ -20,8 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.isolated import Isolated
-from benchmarks.isolated import processes as make_processes
+from benchmarks.isolated import Isolated, process_pool
 from benchmarks.measure import cuda_milliseconds
 from theria.attention.custom import CustomOperators
 from theria.attention.kernels.tiles import TUNED, Tiles, generation
@@ -125,7 +124,7 @@ def tune(
     """By kernel, the milliseconds of each candidate that fits, the fastest first."""
     chosen = dict(TUNED.get((generation(torch.device("cuda")), arithmetic, width), {}))
     choices = {kernel: candidates(kernel, arithmetic, width) for kernel in kernels}
-    with make_processes(processes) as pool:
+    with process_pool(processes) as pool:
         # small sizes, for the compiler's sake: what it makes lies in Triton's cache on disk afterwards
         jobs = [
             pool.submit(milliseconds, {**chosen, k: t}, k, arithmetic, width, **SMALL)

@@ -1,6 +1,7 @@
 """The cost of probes from the times of steps, the decision, and the page that holds it."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from experiments.training_gates import niah_frequency
 from experiments.training_gates.__main__ import main
 from experiments.training_gates.niah_frequency import Cost, cost_of, locked, measure
 from theria.memory.needle import Mean
@@ -121,12 +123,33 @@ def small(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_the_page_holds_figures_and_decision(small, capsys):
+TIMES = ended(19, 4, step=lambda n: 0.2, probe=lambda n: 0.6)
+
+
+def test_the_page_holds_figures_and_decision(small, capsys, monkeypatch):
+    measured = []
+
+    def timed(ended, between):
+        """Times of our own in the place of those of the run, which differ by machine."""
+        measured.extend(ended)
+        return cost_of(TIMES, between)
+
+    monkeypatch.setattr(niah_frequency, "cost_of", timed)
     options = ["--config", str(small), "--probes", "3", "--between", "4", "--out", "docs/page.md"]
     main(["niah-frequency", *options])
     text = Path("docs/page.md").read_text()
     assert text in capsys.readouterr().out
-    for part in ("a probe every 4 steps, 3 probes", "- a probe in steps: ", "| 1,000 | 0", "Locked: **every"):
+    assert len(measured) == len(TIMES)
+    assert measured == sorted(measured)
+    assert cost_of(measured, 4).step.low > -math.inf
+    for part in (
+        "a probe every 4 steps, 3 probes",
+        "- probe: 600 ms [600, 600] (the first of a run: 600 ms)",
+        "- step: 200 ms [200, 200]",
+        "- a probe in steps: 3.00 [3.00, 3.00]",
+        "| 1,000 | 0.300% | 0.300% |",
+        "Locked: **every 2000 steps**",
+    ):
         assert part in text
     assert not list(Path().glob("runs*"))
 

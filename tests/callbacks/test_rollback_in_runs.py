@@ -1,19 +1,16 @@
 """Rollbacks of the meta-learning job, as configured: from the command line, alone and with two processes."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
+from forked_runs import Run, in_forks
 
 from callbacks import read_metrics
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("faulty_runs.py")
 STEPS = 20
 SMALL = {
     "model.init_args.width": 6,
@@ -32,75 +29,79 @@ SMALL = {
 }
 
 
-def fit(
-    directory: Path, factor: float, tasks: str, *overlays: Path, **arguments: object
-) -> tuple[Path, dict[str, torch.Tensor], str]:
-    """The run directory, its last weights, and what the run said."""
-    given = SMALL | {"save_dir": directory}
-    settings = [f"--{name}={value}" for name, value in given.items()]
-    settings += [f"--{name.replace('__', '.')}={value}" for name, value in arguments.items()]
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        str(factor),
-        tasks,
-        "fit",
-        "--config",
-        "configs/meta_seqcls.yaml",
-        *(part for overlay in overlays for part in ("--config", str(overlay))),
-        *settings,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    path = directory / "meta_seqcls" / "version_0"
+TWO = {"trainer.strategy": "ddp", "trainer.devices": 2}
+HEALER = {
+    "every_n_steps": 1,
+    "healthy_after": 1,
+    "warm_up": 1,
+    "baseline_steps": 5,
+    "threshold": 0.5,
+    "trigger": "plain",
+    "skip_window": 1,
+    "cool_down": 2,
+}
+
+pytestmark = pytest.mark.slow
+
+
+class Ended(NamedTuple):
+    """A run's directory, its last weights, and what it said."""
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """A bad task and a spike, each in a run of one process and of two."""
+    directory = tmp_path_factory.mktemp("runs")
+    overlay = directory / "overlay.yaml"
+    names = ["RNGState", "PPLDeltaRollback", "MetricsJSONL", "ResumableCheckpoint"]
+    callbacks = [{"class_path": name} | ({"init_args": HEALER} if "PPL" in name else {}) for name in names]
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    runs = []
+    for name, configs, spoiled in (
+        ("task", ["configs/meta_seqcls.yaml"], (math.nan, [5])),
+        ("spike", ["configs/meta_seqcls.yaml", str(overlay)], (50.0, [5, 7])),
+    ):
+        files = [part for config in configs for part in ("--config", config)]
+        for processes, more in ((1, {}), (2, TWO)):
+            given = SMALL | more | {"save_dir": directory, "name": f"{name}_{processes}"}
+            settings = [f"--{key}={value}" for key, value in given.items()]
+            runs.append(Run(f"{name}_{processes}", ["fit", *files, *settings], processes, spoiled))
+    said = in_forks(directory, runs)
+    return {run.name: found(directory / run.name / "version_0", said[run.name]) for run in runs}
+
+
+def found(path: Path, said: str) -> Ended:
+    """Of a run that went back once."""
     checkpoint = torch.load(path / "checkpoints" / f"step_{STEPS:06d}.ckpt", weights_only=True)
     (own,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("PPLDelta"))
     assert own["rollbacks"] == 1
-    return path, checkpoint["state_dict"], run.stderr
+    return Ended(path, checkpoint["state_dict"], said)
 
 
-@pytest.mark.slow
-def test_a_bad_task_is_skipped_by_one_process_and_by_two(tmp_path: Path) -> None:
+def test_a_bad_task_is_skipped_by_one_process_and_by_two(ended: dict[str, Ended]) -> None:
     """Task 5 of epoch 0 is in the third batch, where it is the second process's."""
-    one, alone, said = fit(tmp_path / "one", math.nan, "5")
+    said = ended["task_1"].said
     assert "training goes back from step 3 to step 0, rollback 1 of 3: the loss of step 3 is nan" in said
     assert "0 to 12 of the training stream are skipped" in said
-    two, shared, _ = fit(tmp_path / "two", math.nan, "5", trainer__strategy="ddp", trainer__devices=2)
-    assert_same(one, alone, two, shared, target=0)
+    assert_same(ended["task_1"], ended["task_2"], target=0)
 
 
-@pytest.mark.slow
-def test_a_spike_on_one_of_two_processes_takes_both_back_to_the_same_state(tmp_path: Path) -> None:
+def test_a_spike_on_one_of_two_processes_takes_both_back_to_the_same_state(ended: dict[str, Ended]) -> None:
     """Tasks 5 and 7 of epoch 0 are the second process's, in the batches of steps 3 and 4."""
-    healer = {
-        "every_n_steps": 1,
-        "healthy_after": 1,
-        "warm_up": 1,
-        "baseline_steps": 5,
-        "threshold": 0.5,
-        "trigger": "plain",
-        "skip_window": 1,
-        "cool_down": 2,
-    }
-    overlay = tmp_path / "overlay.yaml"
-    names = ["RNGState", "PPLDeltaRollback", "MetricsJSONL", "ResumableCheckpoint"]
-    callbacks = [{"class_path": name} | ({"init_args": healer} if "PPL" in name else {}) for name in names]
-    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
-    one, alone, said = fit(tmp_path / "one", 50.0, "5,7", overlay)
-    assert "training goes back from step 4 to step 1" in said
-    two, shared, _ = fit(tmp_path / "two", 50.0, "5,7", overlay, trainer__strategy="ddp", trainer__devices=2)
-    assert_same(one, alone, two, shared, target=1)
+    assert "training goes back from step 4 to step 1" in ended["spike_1"].said
+    assert_same(ended["spike_1"], ended["spike_2"], target=1)
 
 
-def assert_same(
-    one: Path, alone: dict[str, torch.Tensor], two: Path, shared: dict[str, torch.Tensor], *, target: int
-) -> None:
+def assert_same(one: Ended, two: Ended, *, target: int) -> None:
     """Runs of one process and of two end with the same weights and records, after one rollback to a step."""
-    for name, weight in alone.items():
+    for name, weight in one.weights.items():
         assert weight.isfinite().all()
-        torch.testing.assert_close(shared[name], weight, rtol=1e-5, atol=1e-7)
-    tables = [read_metrics(run / "metrics.jsonl") for run in (one, two)]
+        torch.testing.assert_close(two.weights[name], weight, rtol=1e-5, atol=1e-7)
+    tables = [read_metrics(run.path / "metrics.jsonl") for run in (one, two)]
     for table in tables:
         assert table["step"].tolist() == list(range(1, STEPS + 1))
         assert table["attempt"].tolist() == [1] * target + [2] * (STEPS - target)

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 from torchmetrics import Metric
+
+from theria.t_interval import t_half_width
 
 
 class Interval(NamedTuple):
@@ -54,4 +55,4 @@ class MeanOverTasks(Metric):
         if n < 2:
             return Interval(mean, torch.full_like(mean, torch.nan))
         variance = ((self.squares - n * mean.square()) / (n - 1)).clamp(min=0)
-        return Interval(mean, float(stats.t.ppf(0.975, n - 1)) * (variance / n).sqrt())
+        return Interval(mean, t_half_width(variance.sqrt(), int(n)))

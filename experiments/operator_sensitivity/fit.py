@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
-from scipy import stats
 
 from datamodules import SyntheticSeqCls
 from experiments.operator_sensitivity.ledger import COLUMNS, OK, Curves
@@ -25,6 +24,7 @@ from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.step_metrics import Rows
 from theria.curvature.known import versions
 from theria.curvature.verdicts import one_line
+from theria.t_interval import t_half_width
 
 LAST_STEPS = 20
 """Outer steps that a final value is the mean of."""
@@ -192,7 +192,7 @@ def half_width(values: NDArray[np.float64], confidence: float = 0.95) -> float:
     """Half of the t-interval of a mean; NaN for fewer than two values, or one that is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan
-    return float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return t_half_width(float(values.std(ddof=1)), len(values), confidence)
 
 
 def step_time(rows: Rows, probe_seconds: list[float]) -> float:

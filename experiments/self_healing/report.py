@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy import stats
+import numpy as np
 
 from benchmarks.report import markdown_table
 from experiments.self_healing.faults import FAULTS
@@ -21,6 +21,7 @@ from experiments.self_healing.figures import (
 )
 from experiments.self_healing.jobs import COST_JOBS, JOBS
 from experiments.self_healing.runs import CHECKPOINTS_EVERY, HEALTHY, Figures, Run, load
+from theria.t_interval import t_half_width
 
 SAVE_EVERY = 500
 COST_LIMIT = {"cpu": 0.01, "cuda": 0.005}
@@ -156,8 +157,7 @@ def _costs(costs: Sequence[Figures]) -> list[str]:
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of its 95% t-interval."""
-    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
-    return statistics.fmean(values), float(half)
+    return statistics.fmean(values), t_half_width(float(np.std(values, ddof=1)), len(values))
 
 
 def _cells(run: Figures, result: Outcome) -> list[str]:

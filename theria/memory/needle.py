@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from scipy import stats
 from torch import Tensor, nn
 
 from theria.memory.accumulator import widened
 from theria.memory.branch import MemoryBranch
 from theria.memory.needle_theory import expected_cosine
+from theria.t_interval import t_half_width
 
 CAPACITY_PAIRS = (10, 25, 50, 100, 200)
 _CONFIDENCE = 0.95
@@ -80,7 +80,7 @@ class Mean:
         mean, count = float(values.mean()), len(values)
         if count < 2:
             return cls(mean, -torch.inf, torch.inf)
-        half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * values.std() / count**0.5)
+        half = t_half_width(float(values.std()), count, confidence)
         return cls(mean, mean - half, mean + half)
 
 

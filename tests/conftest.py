@@ -1,10 +1,11 @@
 """Shapes declared with jaxtyping are checked at run time in every test."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from run_time_checks import check_at_run_time
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it has to stand before theria is imported.
@@ -13,10 +14,14 @@ if not torch.cuda.is_available():
 # Tensors are small here: a second thread costs more than it brings, above all beside another program.
 torch.set_num_threads(1)
 
-install_import_hook("theria", "beartype.beartype")
+check_at_run_time("theria")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files go to processes whole and in this order: none of the long ones shall be the last.
+    count = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.operator_sensitivity import report
 from experiments.operator_sensitivity.answer import answer
 from experiments.operator_sensitivity.ledger import Ledger, write_csv
 from experiments.operator_sensitivity.plots import draw_all
@@ -20,9 +21,10 @@ PREFIX = "operator_sensitivity_t"
 
 
 @pytest.fixture(autouse=True)
-def _unsynced(monkeypatch):
-    """Nothing here is about a loss of power, and a hundred files are written."""
+def _quick(monkeypatch):
+    """Nothing here is about a loss of power, and a hundred files are written; pages name pictures."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(report, "draw_all", lambda table, ledger, directory, prefix: [f"{prefix}_gain.png"])
 
 
 def filled(directory, made, *, outer_steps: int = 4, seeds: int = 8) -> Ledger:
@@ -63,6 +65,7 @@ def page(tmp_path, made) -> str:
 
 def test_the_page_answers(page):
     assert "A preface." in page
+    assert "(operator_sensitivity_t_gain.png)" in page
     assert "k = 1: FULL higher (+0.0500" in page
     assert "k = 10: no difference detected (+0.0000" in page
     assert "PASS: over 16 pairs of runs and 64 outer steps" in page

@@ -19,13 +19,13 @@ support = torch.randn(16, 16, 32, 64), torch.randint(5, (16, 16))
 def pages(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):
-        meta_gradient(model, support, support, mode="FULL", inner_steps=10, inner_lr=0.4)
+        meta_gradient(model, support, support, mode="FULL", inner_steps=3, inner_lr=0.4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-pages(3)
+pages(2)
 left = pages(3)
 keep_freed_memory()
-pages(6)
+pages(4)
 print(left, pages(3))
 """
 

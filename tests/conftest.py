@@ -1,7 +1,9 @@
 """Shapes declared with jaxtyping are checked at run time in every test."""
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,16 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 check_at_run_time("theria")
+
+
+@pytest.fixture(autouse=True)
+def _logging_left_alone() -> Iterator[None]:
+    """Running a study makes Lightning's loggers quieter, which other tests read."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

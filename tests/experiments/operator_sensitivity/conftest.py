@@ -1,8 +1,6 @@
 """Rows of the study without training, as the fixture ``made``."""
 
 import dataclasses
-import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pandas as pd
@@ -44,15 +42,6 @@ def pairs(gains: list[float], base: Run = TINY, accuracy: float = 0.5, **figures
             row(first, accuracy + 0.03 * seed, **figures),
         ]
     return found
-
-
-@pytest.fixture(autouse=True)
-def _logging_left_alone() -> Iterator[None]:
-    """Running the study makes Lightning's logger quieter, which other tests read."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ tasks or the sequences of every training step in `tasks.jsonl` beside them.
 """
 
 import functools
+import gc
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.tensorboard  # noqa: F401  # before the forks that use it
 
 import datamodules.synthetic_seqcls as data
 from callbacks import ResumableCheckpoint, RNGState
@@ -213,6 +215,8 @@ def run_and_resume(directory: Path, configs: list[str], kills: list[Install]) ->
 if __name__ == "__main__":
     root, chosen, *given = sys.argv[1:]
     every = list(KILLS) if chosen == "all" else chosen.split(",")
+    # what forks would each touch or import
+    gc.freeze()
     lanes = [every[lane::2] for lane in range(2)]
     pids = []
     for names in lanes:

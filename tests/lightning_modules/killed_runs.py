@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.tensorboard  # noqa: F401  # before the forks that use it
+import torch.utils.tensorboard  # before the forks that use it
 
 import datamodules.synthetic_seqcls as data
 from callbacks import ResumableCheckpoint, RNGState

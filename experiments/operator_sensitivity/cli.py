@@ -75,8 +75,11 @@ def run_grid(arguments: Sequence[str]) -> int:
     page = args.out / f"operator_sensitivity_{args.tag}.md"
     write_page([lines], page)
     print(f"written: {page}, and beside it the CSVs and pictures of {args.tag}")
-    if strict.disagreeing:
-        print(f"FO and FO_STRICT disagree: {'; '.join(strict.disagreeing)}", file=sys.stderr)
+    # a partner without a row may be another shard's, which has not done it yet
+    waiting = bool(args.shard) and not {run.run_id for run in runs} <= ledger.finished()
+    disagreeing = strict.apart if waiting else strict.disagreeing
+    if disagreeing:
+        print(f"FO and FO_STRICT disagree: {'; '.join(disagreeing)}", file=sys.stderr)
         return 1
     return 3 if held_up else 0
 

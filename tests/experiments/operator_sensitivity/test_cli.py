@@ -1,8 +1,10 @@
 """The command line, end to end on a very small task."""
 
+import numpy as np
 import pytest
 
 from experiments.operator_sensitivity import execute as module
+from experiments.operator_sensitivity import report
 from experiments.operator_sensitivity.__main__ import main
 from experiments.operator_sensitivity.ledger import Ledger
 
@@ -33,9 +35,19 @@ def test_one_command_gives_tables_pictures_and_page(tmp_path, capsys):
     assert page.read_text().startswith("# Operator sensitivity")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take most of the time of a study without training."""
+    monkeypatch.setattr(report, "draw_all", lambda *_, **__: [])
+
+
+def curves(loss: float = 1.0) -> dict[str, np.ndarray]:
+    return {"loss": np.array([loss]), **{f"grad_norm_{g}_proj": np.ones(1) for g in "qkv"}}
+
+
 @pytest.mark.parametrize("order", [("0/2", "1/2"), ("1/2", "0/2")])
 def test_shards_in_any_order_give_one_study(tmp_path, made, monkeypatch, order):
-    monkeypatch.setattr(module, "perform", lambda run, commit: (made.row(run, 0.5), {}))
+    monkeypatch.setattr(module, "perform", lambda run, commit: (made.row(run, 0.5), curves()))
     options = [*SMALL, "--backends", "reference", "--tag", "t", "--out", str(tmp_path)]
     for part in order:
         assert main(["grid", *options, "--shard", part]) == 0
@@ -46,13 +58,49 @@ def test_shards_in_any_order_give_one_study(tmp_path, made, monkeypatch, order):
 
 def test_a_strict_run_that_disagrees_fails_the_study(tmp_path, made, monkeypatch, capsys):
     def perform(run, commit):
-        loss = 1.0 + (run.mode == "FO_STRICT") / 100
-        return made.row(run, 0.5), {"loss": [loss], **{f"grad_norm_{g}_proj": [1.0] for g in "qkv"}}
+        return made.row(run, 0.5), curves(1.0 + (run.mode == "FO_STRICT") / 100)
 
     monkeypatch.setattr(module, "perform", perform)
     options = ["--backends", "reference", "--tag", "t", "--out", str(tmp_path), "--jobs", "1"]
     assert main(options) == 1
     assert "FO and FO_STRICT disagree" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "part"),
+    [("FAILED", []), ("NON_FINITE", ["--shard", "1/2"]), ("OK", []), ("OK", ["--shard", "1/2"])],
+)
+def test_a_strict_run_that_cannot_be_compared_fails_the_study(
+    tmp_path, made, monkeypatch, undrawn, capsys, status, part
+):
+    """A strict run without figures, or without curves."""
+
+    def perform(run, commit):
+        if run.mode != "FO_STRICT" or run.inner_steps != 5:
+            return made.row(run, 0.5), curves()
+        return made.row(run, 0.5, status=status), curves() if status == "NON_FINITE" else {}
+
+    monkeypatch.setattr(module, "perform", perform)
+    options = ["--backends", "reference", "--modes", "FO", "FO_STRICT", "--inner-steps", "1", "5", "10"]
+    options += ["--seeds", "0", "--tag", "t", "--out", str(tmp_path), "--jobs", "1"]
+    if part:
+        assert main(["grid", *options, "--shard", "0/2"]) in (0, 1)
+        capsys.readouterr()
+    assert main(["grid", *options, *part]) == 1
+    said = capsys.readouterr().err
+    assert "reference baseline k=5 seed 0 on cpu" in said
+    assert ("FO_STRICT has no curves" if status == "OK" else f"FO_STRICT is {status}") in said
+
+
+def test_a_shard_does_not_blame_what_others_have_still_to_do(tmp_path, made, monkeypatch, undrawn):
+    monkeypatch.setattr(module, "perform", lambda run, commit: (made.row(run, 0.5), curves()))
+    options = ["--backends", "reference", "--modes", "FO", "FO_STRICT", "--inner-steps", "1", "5", "10"]
+    options += ["--seeds", "0", "--tag", "t", "--out", str(tmp_path), "--jobs", "1"]
+    assert main(["grid", *options, "--shard", "0/2"]) == 0
+    page = ["report", "--tag", "t", "--source", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    assert main(page) == 1
+    assert main(["grid", *options, "--shard", "1/2"]) == 0
+    assert main(page) == 0
 
 
 @pytest.mark.parametrize(

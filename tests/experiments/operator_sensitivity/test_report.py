@@ -27,25 +27,25 @@ def _quick(monkeypatch):
     monkeypatch.setattr(report, "draw_all", lambda table, ledger, directory, prefix: [f"{prefix}_gain.png"])
 
 
+def strict_partner(made, row: dict) -> dict:
+    """The FO_STRICT run of an FO run, with its figures."""
+    fields = {f.name: row[f.name] for f in dataclasses.fields(Run)} | {"mode": "FO_STRICT"}
+    run = Run(**fields)
+    return row | {"mode": run.mode, "run_id": run.run_id}
+
+
 def filled(directory, made, *, outer_steps: int = 4, seeds: int = 8) -> Ledger:
-    """k=1 with a clear gain, k=5 with none, FO_STRICT at both, and a broken variant at k=5."""
+    """k=1 with a clear gain, k=10 with none, a broken variant at k=10, FO_STRICT beside every FO."""
     ledger = Ledger(directory, "t")
     rows = []
     for depth, gain in ((1, 0.05), (10, 0.0)):
         base = dataclasses.replace(made.TINY, inner_steps=depth, outer_steps=outer_steps)
         gains = [gain + n / 10 for n in NOISE[:seeds]]
         rows += made.pairs(gains, base, attn_rel_diff=1 / depth)
-        rows += [
-            made.row(
-                dataclasses.replace(base, mode="FO_STRICT", seed=row["seed"]),
-                row["final_acc"],
-            )
-            for row in rows
-            if row["mode"] == "FO" and row["inner_steps"] == depth
-        ]
     broken = dataclasses.replace(base, variant="detach_attention_output")
     broken_figures = {"attn_second_order_path": 0.0, "attn_second_order_ok": False, "attn_rel_diff": 0.0}
     rows += made.pairs([-0.1 + n / 10 for n in NOISE[:seeds]], broken, **broken_figures)
+    rows += [strict_partner(made, row) for row in rows if row["mode"] == "FO"]
     for row in rows:
         run = Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
         norms = {f"grad_norm_{g}_proj": np.full(outer_steps, 0.5) for g in "qkv"}
@@ -68,7 +68,7 @@ def test_the_page_answers(page):
     assert "(operator_sensitivity_t_gain.png)" in page
     assert "k = 1: FULL higher (+0.0500" in page
     assert "k = 10: no difference detected (+0.0000" in page
-    assert "PASS: over 16 pairs of runs and 64 outer steps" in page
+    assert "PASS: over 24 pairs of runs and 96 outer steps" in page
     assert "no third baseline" in page
     assert "1 of 1 cases differ in accuracy from sound attention (`detach_attention_output`)" in page
 
@@ -149,8 +149,8 @@ def test_the_csvs_are_named_by_tag_and_hold_every_run(tmp_path, made):
     combine(ledger, tmp_path / "out")
     everything = pd.read_csv(tmp_path / "out" / f"{PREFIX}_all.csv")
     summary = pd.read_csv(tmp_path / "out" / f"{PREFIX}_summary.csv")
-    assert len(everything) == len(ledger.read()) == 64
-    assert len(summary) == 8
+    assert len(everything) == len(ledger.read()) == 72
+    assert len(summary) == 9
     first = summary[(summary["mode"] == "FULL") & (summary["inner_steps"] == 1)].iloc[0]
     assert first["gain"] == pytest.approx(0.05)
     assert first["statement"] == "FULL higher"
@@ -172,7 +172,7 @@ def test_failures_are_listed(tmp_path, made):
     run = dataclasses.replace(made.TINY, backend="custom")
     ledger.append(made.row(run, 0.0, final_acc="", final_loss="", status="FAILED", error="out of memory"))
     text = "\n".join(combine(ledger, tmp_path / "out")[0])
-    assert "65 runs, 64 succeeded" in text
+    assert "73 runs, 72 succeeded" in text
     assert "| custom | baseline | FULL | 1 | FAILED | out of memory |" in text
 
 

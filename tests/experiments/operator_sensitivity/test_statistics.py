@@ -132,6 +132,43 @@ def test_one_step_apart_is_disagreement(tmp_path, made, change, holds):
     assert bool(found.disagreeing) is not holds
 
 
+@pytest.mark.parametrize("status", ["FAILED", "NON_FINITE"])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_run_without_figures_is_disagreement(tmp_path, made, status, broken):
+    ledger = Ledger(tmp_path, "t")
+    rows = strict_rows(ledger, made, 0.0)
+    rows[broken]["status"] = status
+    found = strict_agreement(made.table(rows), ledger)
+    assert not found.holds
+    assert found.disagreeing == (
+        f"reference baseline k=1 seed 0 on cpu ({rows[broken]['mode']} is {status})",
+    )
+    assert (found.compared, found.steps) == (1, 0)
+
+
+def test_missing_partners_and_curves_are_disagreement(tmp_path, made):
+    ledger = Ledger(tmp_path, "t")
+    rows = strict_rows(ledger, made, 0.0)
+    lone = [
+        made.row(dataclasses.replace(made.TINY, mode=mode, seed=seed), 0.5)
+        for seed, mode in ((7, "FO"), (8, "FO_STRICT"))
+    ]
+    both = [made.row(dataclasses.replace(made.TINY, mode=m, seed=9), 0.5) for m in ("FO", "FO_STRICT")]
+    ledger.write_curves(dataclasses.replace(made.TINY, mode="FO", seed=9), {"loss": np.ones(4)})
+    found = strict_agreement(made.table([*rows, *lone, *both]), ledger)
+    assert not found.holds
+    said = "; ".join(found.disagreeing)
+    for part in ("seed 7 on cpu (no FO_STRICT run)", "seed 8 on cpu (no FO run)", "FO_STRICT has no curves"):
+        assert part in said
+    assert len(found.disagreeing) == 3
+    assert found.compared == 4
+
+
+def test_a_study_without_strict_runs_asserts_nothing(tmp_path, made):
+    found = strict_agreement(made.table(made.pairs([0.1])), Ledger(tmp_path, "t"))
+    assert (found.compared, found.disagreeing, found.holds) == (0, (), False)
+
+
 def test_nothing_compared_is_no_agreement(tmp_path, made):
     assert not strict_agreement(made.table(made.pairs([0.1])), Ledger(tmp_path, "t")).holds
 

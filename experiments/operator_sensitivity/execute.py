@@ -1,10 +1,11 @@
 """Doing a list of runs: those that are not done yet, over several processes, with an estimate of the end."""
 
-import multiprocessing
 import os
 import subprocess
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -12,10 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.operator_sensitivity.fit import perform, prepare_process
-from experiments.operator_sensitivity.ledger import OK, Curves, Ledger
+from experiments.operator_sensitivity.ledger import OK, Ledger
 from experiments.operator_sensitivity.runs import Run, costliest_first
-
-Outcome = tuple[Run, dict[str, object], Curves]
+from experiments.operator_sensitivity.worker import Outcome, Worker
 
 
 def execute(
@@ -23,7 +23,8 @@ def execute(
 ) -> int:
     """Do every run that has no row yet and write its row as soon as it ends; the number of runs done.
 
-    Interrupted at any moment, the same call goes on with what is missing.
+    Interrupted at any moment, the same call goes on with what is missing. A process that is killed costs
+    the run it was doing, whose row says so, and nothing else.
 
     Args:
         runs: what shall have a row in the end.
@@ -79,15 +80,25 @@ def _here(runs: Sequence[Run], commit: str) -> Iterator[Outcome]:
 
 
 def _in_processes(runs: Sequence[Run], commit: str, jobs: int) -> Iterator[Outcome]:
-    # a process that was forked could not use CUDA, and would inherit the threads of torch
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare_process) as pool:
-        futures = {pool.submit(perform, run, commit): run for run in costliest_first(runs)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], *future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with ExitStack() as stack:
+        waiting = deque(costliest_first(runs))
+        busy: dict[Connection, Worker] = {}
+
+        def occupy(worker: Worker | None) -> None:
+            if waiting:
+                worker = worker or stack.enter_context(Worker(commit))
+                worker.start(waiting.popleft())
+                busy[worker.connection] = worker
+
+        for _ in range(jobs):
+            occupy(None)
+        while busy:
+            for connection in wait(list(busy)):
+                worker = busy.pop(connection)  # type: ignore[call-overload]  # wait is typed for sockets too
+                outcome = worker.outcome()
+                # the next run is on its way before this one's row is written
+                occupy(worker if worker.process.is_alive() else None)
+                yield outcome
 
 
 def _bar() -> Progress:

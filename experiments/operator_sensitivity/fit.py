@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
 from datamodules import SyntheticSeqCls
-from experiments.operator_sensitivity.ledger import COLUMNS, OK, Curves
+from experiments.operator_sensitivity.ledger import COLUMNS, FAILED, NON_FINITE, OK, Curves
 from experiments.operator_sensitivity.operator import backend_of, second_order_ok
 from experiments.operator_sensitivity.probe import OperatorProbe
 from experiments.operator_sensitivity.runs import Run
@@ -32,7 +32,6 @@ LAST_STEPS = 20
 PROBES = 5
 """Measurements of the operator's signal in a run."""
 
-FAILED, NON_FINITE = "FAILED", "NON_FINITE"
 _PRESENT = 1e-8
 _KEPT = (
     "loss",
@@ -58,8 +57,7 @@ def prepare_process() -> None:
 def perform(run: Run, commit: str = "") -> tuple[dict[str, object], Curves]:
     """The row of a run, and its per-step curves; an error becomes a row with its text and no figures."""
     start = time.perf_counter()
-    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
-    row |= dataclasses.asdict(run) | {"run_id": run.run_id, "versions": versions(), "commit": commit}
+    row = row_of(run, commit)
     curves: Curves = {}
     try:
         figures, curves = train(run)
@@ -68,6 +66,12 @@ def perform(run: Run, commit: str = "") -> tuple[dict[str, object], Curves]:
         row |= {"status": FAILED, "error": one_line(error)}
     row["wall_time_total_s"] = time.perf_counter() - start
     return row, curves
+
+
+def row_of(run: Run, commit: str) -> dict[str, object]:
+    """A run's row before there is anything to say of it: what it is, and of which code."""
+    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
+    return row | dataclasses.asdict(run) | {"run_id": run.run_id, "versions": versions(), "commit": commit}
 
 
 def train(run: Run) -> tuple[dict[str, object], Curves]:

@@ -42,7 +42,7 @@ RESULTS = (
 )
 COLUMNS = ("run_id", *FIELDS, *RESULTS)
 TIMINGS = ("wall_time_total_s", "mean_outer_step_time_s", "peak_cuda_mem_bytes")
-OK = "OK"
+OK, FAILED, NON_FINITE = "OK", "FAILED", "NON_FINITE"
 
 Row = Mapping[str, object]
 Curves = dict[str, NDArray[np.float64]]

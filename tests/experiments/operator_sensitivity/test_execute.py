@@ -1,10 +1,16 @@
 """Runs are done once, whatever interrupts them, and the same in any number of processes."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import time
 
+import numpy as np
 import pytest
 
 from experiments.operator_sensitivity import execute as module
+from experiments.operator_sensitivity import worker
 from experiments.operator_sensitivity.execute import current_commit, execute
 from experiments.operator_sensitivity.ledger import TIMINGS, Ledger
 from experiments.operator_sensitivity.runs import grid
@@ -62,6 +68,39 @@ def test_processes_give_the_rows_of_one(tmp_path, made, monkeypatch):
     assert tables[0].equals(tables[1])
     assert (tables[0]["status"] == "OK").all()
     assert all(one.curves(run.run_id) is not None for run in runs)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that start at once, with what a test has replaced."""
+    monkeypatch.setattr(worker, "START_METHOD", "fork")
+
+
+# Python's from 3.12 on: torch has threads, which a forked process does without
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("die", "said"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"),
+        (lambda: os._exit(7), "died with exit status 7"),
+    ],
+)
+def test_a_process_that_dies_costs_its_run_alone(tmp_path, made, monkeypatch, forked, die, said):
+    def perform(run, commit):
+        if run.seed in (1, 4):
+            die()
+        time.sleep(0.05)
+        return made.row(run, 0.5), {"loss": np.ones(3)}
+
+    monkeypatch.setattr(worker, "perform", perform)
+    ledger = Ledger(tmp_path, "t")
+    runs = [dataclasses.replace(made.TINY, seed=s) for s in range(7)]
+    assert execute(runs, ledger, jobs=2) == 7
+    rows = ledger.read().set_index("seed")
+    assert rows.index[rows["status"] == "FAILED"].tolist() == [1, 4]
+    assert rows.loc[[1, 4], "error"].str.endswith(said).all()
+    assert rows.index[rows["status"] == "OK"].tolist() == [0, 2, 3, 5, 6]
+    assert multiprocessing.active_children() == []
 
 
 def test_the_commit_is_named():

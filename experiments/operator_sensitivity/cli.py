@@ -17,6 +17,7 @@ from experiments.operator_sensitivity.answer import answer
 from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.gate import CONDITIONS, judge
 from experiments.operator_sensitivity.ledger import Ledger
+from experiments.operator_sensitivity.operator import variant_named
 from experiments.operator_sensitivity.options import (
     DEFAULT_OUT,
     add_configuration,
@@ -49,6 +50,8 @@ def run_grid(arguments: Sequence[str]) -> int:
     add_configuration(options)
     add_execution(options, "frozen")
     args = options.parse_args(arguments)
+    for name in args.variants:
+        variant_named(name)
     runs = grid(
         base_run(args),
         backends=args.backends,
@@ -80,6 +83,10 @@ def run_grid(arguments: Sequence[str]) -> int:
     disagreeing = strict.apart if waiting else strict.disagreeing
     if disagreeing:
         print(f"FO and FO_STRICT disagree: {'; '.join(disagreeing)}", file=sys.stderr)
+    failed = (ledger.finished() - ledger.finished(failed_too=False)) & {run.run_id for run in mine}
+    if failed:
+        print(f"{len(failed)} of {len(mine)} runs have no figures, see {page}", file=sys.stderr)
+    if disagreeing or failed:
         return 1
     return 3 if held_up else 0
 
@@ -92,7 +99,11 @@ def run_report(arguments: Sequence[str]) -> int:
     options.add_argument("--page", type=Path, required=True, help="Markdown file; the artifacts go beside it")
     options.add_argument("--preface", type=Path, help="Markdown file whose text opens the page")
     args = options.parse_args(arguments)
-    found = [combine(Ledger(args.source, tag), args.page.parent) for tag in args.tag]
+    ledgers = [Ledger(args.source, tag) for tag in args.tag]
+    unknown = [ledger.tag for ledger in ledgers if not ledger.finished()]
+    if unknown:
+        raise ValueError(f"there are no rows of {', '.join(unknown)} in {args.source}")
+    found = [combine(ledger, args.page.parent) for ledger in ledgers]
     preface = args.preface.read_text(encoding="utf-8").splitlines() if args.preface else []
     command = (
         f"python -m experiments.operator_sensitivity report --tag {' '.join(args.tag)} --page {args.page}"
@@ -115,7 +126,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(given: list[str]) -> int:
     """Run a command.
 
-    The exit status is 1 where a check fails, 2 for wrong usage, and 3 where the gate is closed.
+    The exit status is 1 where a check or a run of the grid fails, 2 for wrong usage, and 3 where the gate is
+    closed.
     """
     if given[:1] in (["-h"], ["--help"]):
         print(__doc__)

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -49,21 +50,20 @@ Curves = dict[str, NDArray[np.float64]]
 
 
 class Ledger:
-    """Rows of finished runs in ``<directory>/<tag>_runs*.csv``, curves in ``<directory>/<tag>_curves``.
+    """Rows of finished runs in ``<directory>/<tag>_runs.csv``, curves in ``<directory>/<tag>_curves``.
 
-    Every writer, a shard for instance, has a file of its own; all of them are read. A failed run
+    A shard writes ``<tag>_runs.shard-<i>-of-<n>.csv`` instead; all of them are read. A failed run
     that is repeated has two rows, of which the one that succeeded counts, or else the last.
 
     Args:
-        directory: where everything stands; made if it is not there.
-        tag: names the study.
+        directory: where everything stands; made when something is written.
+        tag: names the study, see `checked_tag`.
         shard: (index, count) of this writer; None for the only one.
     """
 
     def __init__(self, directory: Path, tag: str, shard: tuple[int, int] | None = None) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         suffix = "" if shard is None else f".shard-{shard[0]}-of-{shard[1]}"
-        self.directory, self.tag = directory, tag
+        self.directory, self.tag = directory, checked_tag(tag)
         self.path = directory / f"{tag}_runs{suffix}.csv"
 
     def append(self, row: Row) -> None:
@@ -74,6 +74,7 @@ class Ledger:
         """
         if set(row) != set(COLUMNS):
             raise ValueError(f"a row needs the columns {COLUMNS}; differing: {set(row) ^ set(COLUMNS)}")
+        self.directory.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             empty = _repair(file, self.path) == 0
@@ -84,7 +85,9 @@ class Ledger:
 
     def read(self) -> pd.DataFrame:
         """One row of every run in all files, see `in_order`; a half-written last line is no row."""
-        found = [_read(path) for path in sorted(self.directory.glob(f"{self.tag}_runs*.csv"))]
+        paths = [self.directory / f"{self.tag}_runs.csv"]
+        paths += sorted(self.directory.glob(f"{self.tag}_runs.shard-*-of-*.csv"))
+        found = [_read(path) for path in paths if path.exists()]
         return in_order(pd.concat(found)) if found else pd.DataFrame(columns=list(COLUMNS))
 
     def finished(self, *, failed_too: bool = True) -> set[str]:
@@ -95,7 +98,7 @@ class Ledger:
     def write_curves(self, run: Run, curves: Curves) -> None:
         """Keep a run's per-step values; written before its row, so that a row's curves are there."""
         path = self._curves(run.run_id)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             np.savez_compressed(file, **curves)  # type: ignore[arg-type]  # numpy types the keywords as flags
 
@@ -109,6 +112,17 @@ class Ledger:
 
     def _curves(self, run_id: str) -> Path:
         return self.directory / f"{self.tag}_curves" / f"{run_id}.npz"
+
+
+def checked_tag(tag: str) -> str:
+    """A tag whose files are no other tag's, nor in another directory.
+
+    Raises:
+        ValueError: for anything but letters, digits, hyphens and underscores.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", tag):
+        raise ValueError(f"--tag must be letters, digits, hyphens and underscores, got {tag!r}")
+    return tag
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from experiments.operator_sensitivity.runs import BASELINE, Run
-from experiments.safety_taxonomy.variants import VARIANTS
+from experiments.safety_taxonomy.variants import VARIANTS, Variant
 from theria.attention import registered_backend, scaled_dot_product_attention
 from theria.curvature import Case, as_backend, probe_derivatives
 from theria.curvature.convention import Attention
@@ -16,15 +16,24 @@ from theria.curvature.verdicts import SURVIVING
 _INPUTS = ("query", "key", "value")
 
 
+def variant_named(name: str) -> Variant:
+    """A wrapper of attention.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"there is no variant {name!r}; there are {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
 def attention_of(backend: str, variant: str) -> Attention:
     """The callable under study: a backend with a variant's wrapper around it.
 
     Raises:
         ValueError: for a variant that there is not.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"there is no variant {variant!r}; there are {', '.join(VARIANTS)}")
-    return VARIANTS[variant].wrap(partial(scaled_dot_product_attention, backend=backend))
+    return variant_named(variant).wrap(partial(scaled_dot_product_attention, backend=backend))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from experiments.operator_sensitivity.ledger import checked_tag
 from experiments.operator_sensitivity.runs import Run, parse_shard
 
 DEFAULT_OUT = Path("runs/operator_sensitivity")
@@ -49,9 +50,16 @@ def base_run(args: argparse.Namespace) -> Run:
     """The configuration that the runs share.
 
     Raises:
-        ValueError: for a task that there cannot be.
+        ValueError: for a run or a task that there cannot be, or a tag or directory that cannot be written to.
     """
-    names = {field.name for field in dataclasses.fields(Run)}
+    checked_tag(args.tag)
+    if args.jobs < 0:
+        raise ValueError(f"--jobs must be at least 0, got {args.jobs}")
+    standing = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        raise ValueError(f"--out {args.out}: {standing} is a file, not a directory")
+    # of inner steps, seeds and so on the grid has several each
+    names = {field.name for field in dataclasses.fields(Run)} - {"inner_steps"}
     run = Run(**{name: value for name, value in vars(args).items() if name in names})
     _ = run.spec  # refuses impossible tasks before anything runs
     return run

@@ -152,8 +152,10 @@ def run_risk_checks(arguments: Sequence[str]) -> int:
     options.add_argument("--outer-steps", type=int, default=30, help="of each run")
     add_execution(options, "frozen")
     args = options.parse_args(arguments)
-    prepare_process()
     run = dataclasses.replace(base_run(args), inner_steps=5)
+    if run.outer_steps < 2:
+        raise ValueError(f"--outer-steps must be at least 2, to stop halfway, got {run.outer_steps}")
+    prepare_process()
     devices = dict.fromkeys(("cpu", args.device))
     runs = [dataclasses.replace(run, device=device) for device in devices]
     groups = [check(one) for one in runs for check in (determinism, resumed_training)]

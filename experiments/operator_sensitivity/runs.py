@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ class Run:
             `SeqClsSpec`.
         absorb_projections: the same model with keys and values left unprojected; equal up to rounding.
         device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: for steps, tasks, rates or a seed that there cannot be.
     """
 
     backend: str = "reference"
@@ -58,6 +62,15 @@ class Run:
     query_size: int = 16
     absorb_projections: bool = False
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, least in (("outer_steps", 1), ("inner_steps", 0), ("meta_batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("inner_lr", "outer_lr"):
+            rate = getattr(self, name)
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {rate}")
 
     @property
     def run_id(self) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.operator_sensitivity import execute as module
-from experiments.operator_sensitivity import report
+from experiments.operator_sensitivity import report, risk_checks, search
 from experiments.operator_sensitivity.__main__ import main
 from experiments.operator_sensitivity.ledger import Ledger
 
@@ -46,7 +46,7 @@ def curves(loss: float = 1.0) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("order", [("0/2", "1/2"), ("1/2", "0/2")])
-def test_shards_in_any_order_give_one_study(tmp_path, made, monkeypatch, order):
+def test_shards_in_any_order_give_one_study(tmp_path, made, monkeypatch, undrawn, order):
     monkeypatch.setattr(module, "perform", lambda run, commit: (made.row(run, 0.5), curves()))
     options = [*SMALL, "--backends", "reference", "--tag", "t", "--out", str(tmp_path)]
     for part in order:
@@ -56,7 +56,7 @@ def test_shards_in_any_order_give_one_study(tmp_path, made, monkeypatch, order):
     assert table["mode"].tolist() == ["FULL"] * 8 + ["FO"] * 8 + ["FO_STRICT"] * 8
 
 
-def test_a_strict_run_that_disagrees_fails_the_study(tmp_path, made, monkeypatch, capsys):
+def test_a_strict_run_that_disagrees_fails_the_study(tmp_path, made, monkeypatch, undrawn, capsys):
     def perform(run, commit):
         return made.row(run, 0.5), curves(1.0 + (run.mode == "FO_STRICT") / 100)
 
@@ -103,18 +103,78 @@ def test_a_shard_does_not_blame_what_others_have_still_to_do(tmp_path, made, mon
     assert main(page) == 0
 
 
+@pytest.fixture
+def idle(monkeypatch):
+    """Nothing may run."""
+    for where, name in ((module, "perform"), (search, "execute"), (risk_checks, "prepare_process")):
+        monkeypatch.setattr(where, name, None)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--num-signal-positions", "40"], "num_signal_positions"),
         (["--device", "cuda"], "no CUDA device"),
+        (["--outer-steps", "0"], "outer_steps must be at least 1, got 0"),
+        (["--inner-steps", "5", "-1"], "inner_steps must be at least 0, got -1"),
+        (["--meta-batch-size", "0"], "meta_batch must be at least 1, got 0"),
+        (["--seeds", "-1"], "seed must be at least 0, got -1"),
+        (["--inner-lr", "nan"], "inner_lr must be a finite number above 0, got nan"),
+        (["--inner-lr", "0"], "inner_lr must be a finite number above 0, got 0.0"),
+        (["--outer-lr", "inf"], "outer_lr must be a finite number above 0, got inf"),
+        (["--outer-lr=-1e-3"], "outer_lr must be a finite number above 0, got -0.001"),
+        (["--variants", "baseline", "nosuch"], "there is no variant 'nosuch'"),
+        (["--jobs", "-1"], "--jobs must be at least 0"),
+        (["risk", "--outer-steps", "1"], "--outer-steps must be at least 2"),
+        (["search", "--outer-steps", "0"], "outer_steps must be at least 1"),
+        *(
+            ([command, "--tag", tag], f"got {tag!r}")
+            for command, tag in (
+                ("grid", "a/b"),
+                ("grid", "a[b]"),
+                ("search", "*"),
+                ("risk", ""),
+                ("grid", "a\n"),
+            )
+        ),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(tmp_path, capsys, options, said):
-    assert main([*options, "--out", str(tmp_path)]) == 2
+def test_what_cannot_be_done_is_said_in_one_line(tmp_path, idle, capsys, options, said):
+    assert main([*options, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["grid", "search", "risk"])
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path, idle, capsys, command, below):
+    (tmp_path / "file").write_text("")
+    assert main([command, "--out", str(tmp_path / "file" / below)]) == 2
+    error = capsys.readouterr().err
+    assert "is a file, not a directory" in error
+    assert error.count("\n") == 1
+
+
+def test_a_report_of_a_tag_without_rows_is_refused(tmp_path, capsys):
+    page = tmp_path / "out" / "page.md"
+    assert main(["report", "--tag", "nosuch", "--source", str(tmp_path / "none"), "--page", str(page)]) == 2
+    assert capsys.readouterr().err.count("there are no rows of nosuch") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_with_failed_runs_says_how_many(tmp_path, made, monkeypatch, undrawn, capsys):
+    def perform(run, commit):
+        return made.row(run, 0.5, status={5: "FAILED", 10: "NON_FINITE"}.get(run.inner_steps, "OK")), {}
+
+    monkeypatch.setattr(module, "perform", perform)
+    options = ["--backends", "reference", "--modes", "FULL", "FO", "--seeds", "0", "--jobs", "1"]
+    options += ["--tag", "t", "--out", str(tmp_path)]
+    assert main([*options, "--inner-steps", "1", "5", "10"]) == 1
+    assert "4 of 6 runs have no figures" in capsys.readouterr().err
+    # rows of other runs of the study are not this call's
+    assert main([*options, "--inner-steps", "1"]) == 0
 
 
 def test_help_names_the_commands(capsys):

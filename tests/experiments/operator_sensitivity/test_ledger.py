@@ -61,6 +61,21 @@ def test_other_tags_are_other_studies(tmp_path, made):
     assert Ledger(tmp_path, "b").finished() == set()
 
 
+@pytest.mark.parametrize("other", ["q_runs2", "q_runs", "q_runs_x", "qq"])
+@pytest.mark.parametrize("part", [None, (0, 2)])
+def test_a_tag_reads_no_tag_that_its_name_begins(tmp_path, made, other, part):
+    Ledger(tmp_path, other, part).append(made.row(made.TINY, 0.5))
+    assert Ledger(tmp_path, "q").finished() == set()
+    Ledger(tmp_path, "q", part).append(made.row(made.TINY, 0.5))
+    assert len(Ledger(tmp_path, "q").read()) == 1
+
+
+@pytest.mark.parametrize("tag", ["", "a/b", "..", "a.b", "a[b]", "*", "a?", "a b", "a\n"])
+def test_tags_that_could_be_other_files_are_refused(tmp_path, tag):
+    with pytest.raises(ValueError, match="--tag"):
+        Ledger(tmp_path, tag)
+
+
 def test_success_counts_over_failure_whichever_came_last(tmp_path, made):
     for tag, order in (("a", (0, 1)), ("b", (1, 0))):
         ledger = Ledger(tmp_path, tag)

@@ -27,11 +27,9 @@ from experiments.operator_sensitivity.options import (
 )
 from experiments.operator_sensitivity.report import combine, write_page
 from experiments.operator_sensitivity.risk_checks import run_risk_checks
-from experiments.operator_sensitivity.runs import GATED, MODES, grid, shard
+from experiments.operator_sensitivity.runs import BACKENDS, GATED, MODES, grid, shard
 from experiments.operator_sensitivity.search import run_search
 from experiments.operator_sensitivity.summary import CHOICES
-
-BACKENDS = ("reference", "custom", "triton_fused")
 
 
 def run_grid(arguments: Sequence[str]) -> int:

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.operator_sensitivity.columns import OK
 from experiments.operator_sensitivity.fit import perform, prepare_process
-from experiments.operator_sensitivity.ledger import OK, Ledger
+from experiments.operator_sensitivity.ledger import Ledger
 from experiments.operator_sensitivity.runs import Run, costliest_first
 from experiments.operator_sensitivity.worker import Outcome, Worker
 

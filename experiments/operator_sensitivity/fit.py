@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
 from datamodules import SyntheticSeqCls
-from experiments.operator_sensitivity.ledger import COLUMNS, FAILED, NON_FINITE, OK, Curves
+from experiments.operator_sensitivity.columns import COLUMNS, FAILED, NON_FINITE, OK
+from experiments.operator_sensitivity.ledger import Curves
 from experiments.operator_sensitivity.operator import backend_of, second_order_ok
 from experiments.operator_sensitivity.probe import OperatorProbe
 from experiments.operator_sensitivity.runs import Run

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from experiments.operator_sensitivity.ledger import OK
+from experiments.operator_sensitivity.columns import OK
 from experiments.operator_sensitivity.runs import BASELINE, FIELDS, GATED, Run, from_fields
 from experiments.operator_sensitivity.statistics import gains, successful
 

@@ -13,37 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.operator_sensitivity.columns import COLUMNS, check_line
+from experiments.operator_sensitivity.columns import OK as OK
 from experiments.operator_sensitivity.runs import FIELDS, GATED, MODES, Run
 from lightning_modules.atomic_file import atomic_file
 
-RESULTS = (
-    "dtype",
-    "compute_dtype",
-    "autocast",
-    "final_loss",
-    "final_acc",
-    "final_acc_ci95",
-    "attn_grad_present",
-    "attn_grad_norm_q",
-    "attn_grad_norm_k",
-    "attn_grad_norm_v",
-    "attn_second_order_ok",
-    "attn_second_order_path",
-    "attn_rel_diff",
-    "rel_diff_full_vs_fo",
-    "convergence_delta",
-    "steps_to_90pct",
-    "wall_time_total_s",
-    "mean_outer_step_time_s",
-    "peak_cuda_mem_bytes",
-    "status",
-    "error",
-    "versions",
-    "commit",
-)
-COLUMNS = ("run_id", *FIELDS, *RESULTS)
 TIMINGS = ("wall_time_total_s", "mean_outer_step_time_s", "peak_cuda_mem_bytes")
-OK, FAILED, NON_FINITE = "OK", "FAILED", "NON_FINITE"
 
 Row = Mapping[str, object]
 Curves = dict[str, NDArray[np.float64]]
@@ -149,6 +124,11 @@ def _read(path: Path) -> pd.DataFrame:
     if not whole:
         return pd.DataFrame(columns=list(COLUMNS))
     _check_header(whole, path)
+    for number, line in enumerate(whole.split(b"\n")[1:-1], start=2):
+        try:
+            check_line(line)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {number} is no row of a run: {error}") from error
     table = pd.read_csv(
         io.BytesIO(whole), dtype={"run_id": str, "error": str, "versions": str, "commit": str}
     )

@@ -16,6 +16,7 @@ MODES = tuple(mode.value for mode in MetaMode)
 BASELINE = "baseline"
 """The name of attention that nothing has been done to."""
 
+BACKENDS = ("reference", "custom", "triton_fused")
 GATED = ("triton_fused",)
 """Backends whose runs wait for the reference grid."""
 

@@ -9,8 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from experiments.operator_sensitivity.columns import OK
 from experiments.operator_sensitivity.fit import half_width
-from experiments.operator_sensitivity.ledger import OK
 from experiments.operator_sensitivity.runs import BASELINE, CELL, PAIRED
 
 CONFIDENCE = 0.95

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from experiments.operator_sensitivity.ledger import OK, Curves, Ledger
+from experiments.operator_sensitivity.columns import OK
+from experiments.operator_sensitivity.ledger import Curves, Ledger
 from experiments.operator_sensitivity.runs import PAIRED
 
 RTOL, ATOL = 1e-4, 1e-6

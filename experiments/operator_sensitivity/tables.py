@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from benchmarks.report import markdown_table
+from experiments.operator_sensitivity.columns import OK
 from experiments.operator_sensitivity.correlation import correlation
-from experiments.operator_sensitivity.ledger import OK
 from experiments.operator_sensitivity.runs import MODES
 from experiments.operator_sensitivity.statistics import against_baseline, cells, gains, pairs
 

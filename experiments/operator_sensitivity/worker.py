@@ -7,8 +7,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Final, Self
 
+from experiments.operator_sensitivity.columns import FAILED
 from experiments.operator_sensitivity.fit import perform, prepare_process, row_of
-from experiments.operator_sensitivity.ledger import FAILED, Curves
+from experiments.operator_sensitivity.ledger import Curves
 from experiments.operator_sensitivity.runs import Run
 
 Outcome = tuple[Run, dict[str, object], Curves]

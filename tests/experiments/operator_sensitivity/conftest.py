@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from experiments.operator_sensitivity.ledger import COLUMNS, in_order
+from experiments.operator_sensitivity.columns import COLUMNS
+from experiments.operator_sensitivity.ledger import in_order
 from experiments.operator_sensitivity.runs import Run
 
 TINY = Run(

@@ -11,8 +11,8 @@ from lightning.pytorch import seed_everything
 from scipy import stats
 
 from experiments.operator_sensitivity import fit
+from experiments.operator_sensitivity.columns import COLUMNS
 from experiments.operator_sensitivity.fit import behaviour, half_width, perform, step_time
-from experiments.operator_sensitivity.ledger import COLUMNS
 from experiments.operator_sensitivity.runs import Run
 from lightning_modules import MetaSeqClassifier
 from theria.curvature import relative_difference

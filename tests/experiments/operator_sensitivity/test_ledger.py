@@ -1,12 +1,16 @@
 """The CSV of runs survives whatever kills its writers."""
 
+import csv
 import dataclasses
+import io
+import re
 import threading
 
 import numpy as np
 import pytest
 
-from experiments.operator_sensitivity.ledger import COLUMNS, Ledger
+from experiments.operator_sensitivity.columns import COLUMNS
+from experiments.operator_sensitivity.ledger import Ledger
 
 
 def test_rows_come_back_in_the_order_of_the_tables(tmp_path, made):
@@ -127,3 +131,63 @@ def test_curves_come_back(tmp_path, made):
     assert ledger.curves(made.TINY.run_id) is None
     ledger.write_curves(made.TINY, {"loss": np.array([1.0, 1 / 3])})
     assert ledger.curves(made.TINY.run_id)["loss"].tolist() == [1.0, 1 / 3]
+
+
+def cell(name: str, value: str):
+    """A damage: this cell of a line holds something else."""
+
+    def damage(line: str) -> str:
+        cells = next(csv.reader([line]))
+        cells[COLUMNS.index(name)] = value
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow(cells)
+        return text.getvalue()
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda line: line[:40], "cells instead of"),
+        (lambda line: line + ",1", "cells instead of"),
+        (lambda line: "", "0 cells instead of"),
+        (lambda line: line + line, "cells instead of"),
+        (lambda line: line.replace("torch 0", '"torch 0'), "unexpected end of data"),
+        (lambda line: line.replace("torch 0", "\udcff"), "can't decode"),
+        (cell("status", "DONE"), "status is 'DONE', none of OK, FAILED, NON_FINITE"),
+        (cell("status", ""), "status is ''"),
+        (cell("mode", "HALF"), "mode is 'HALF'"),
+        (cell("backend", "tritonn"), "backend is 'tritonn'"),
+        (cell("final_acc", "0.5.5"), "final_acc is '0.5.5', no number"),
+        (cell("final_acc", ""), "final_acc is '', no number"),
+        (cell("attn_second_order_ok", "Tru"), "neither True nor False"),
+        (cell("seed", "x"), "invalid literal"),
+        (cell("seed", "-1"), "seed must be at least 0"),
+        (cell("seed", "7"), "not that of its fields"),
+        (cell("noise", "1.5"), "not that of its fields"),
+        (cell("absorb_projections", "True"), "not that of its fields"),
+        (cell("run_id", "0123456789ab"), "not that of its fields"),
+    ],
+)
+def test_a_damaged_line_is_named_and_no_finished_run(tmp_path, made, damage, said):
+    ledger = Ledger(tmp_path, "t")
+    for seed in range(3):
+        ledger.append(made.row(dataclasses.replace(made.TINY, seed=seed), 0.5))
+    lines = ledger.path.read_text().split("\n")
+    lines[2] = damage(lines[2])
+    ledger.path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    for use in (ledger.read, ledger.finished):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{ledger.path}, line 3 is no row of a run: ")
+        ) as found:
+            use()
+        assert said in str(found.value)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "NON_FINITE"])
+def test_a_row_without_figures_is_whole(tmp_path, made, status):
+    ledger = Ledger(tmp_path, "t")
+    nothing = dict.fromkeys(("final_acc", "final_loss", "autocast", "attn_second_order_ok"), "")
+    ledger.append(made.row(made.TINY, 0.5, **nothing, status=status, error="it"))
+    assert ledger.read()["status"].tolist() == [status]

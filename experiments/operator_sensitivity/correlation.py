@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from experiments.operator_sensitivity.statistics import CONFIDENCE
+from experiments.operator_sensitivity.statistics import CONFIDENCE, rounded
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ def correlation(paired: pd.DataFrame, signal: str = "attn_rel_diff") -> Correlat
         signal: the column.
     """
     known = paired.dropna(subset=[signal, "gain"])
+    # gains that are equal have to share a rank
+    known = known.assign(gain=rounded(known["gain"].to_numpy()))
     by_seed = [own[[signal, "gain"]].to_numpy(dtype=float) for _, own in known.groupby("seed")]
     count = len(by_seed)
 

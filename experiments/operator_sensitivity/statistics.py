@@ -36,10 +36,17 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+def rounded(differences: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Differences of accuracies to twelve places, so that those that are equal are so in float64 too.
+
+    Accuracies are shares of some thousand sequences: what is smaller is rounding of their means.
+    """
+    return np.round(np.asarray(differences, dtype=float), 12)
+
+
 def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Interval:
     """Mean of differences within pairs, its 95% t-interval, and the p-value of the t-test against zero."""
-    # accuracies are shares of some thousand sequences: what is smaller than this is rounding of their means
-    values = np.round(np.asarray(differences, dtype=float), 12)
+    values = rounded(differences)
     mean = float(values.mean()) if len(values) else math.nan
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan, len(values), math.nan)

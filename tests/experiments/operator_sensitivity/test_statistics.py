@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -204,3 +205,14 @@ def test_two_seeds_have_no_interval(made):
     found = correlation(pairs(made.table(rows)))
     assert found.coefficient > 0.9
     assert math.isnan(found.low)
+
+
+def test_rounding_of_means_breaks_no_ties_of_rank(made):
+    """Gains that are equal but for the last bits of a float share a rank, as in the paired interval."""
+    table = pd.DataFrame({"seed": [0] * 4 + [1] * 4 + [2] * 4, "attn_rel_diff": [0.1, 0.2, 0.3, 0.4] * 3})
+    exact, noisy = (
+        correlation(table.assign(gain=gains * 3))
+        for gains in ([0.1, 0.1, 0.1, 0.2], [0.1, 0.1 - 3e-17, 0.1 - 6e-17, 0.2])
+    )
+    assert exact.coefficient == pytest.approx(stats.spearmanr([1, 2, 3, 4], [1, 1, 1, 2]).statistic)
+    assert (noisy.coefficient, noisy.low, noisy.high) == (exact.coefficient, exact.low, exact.high)

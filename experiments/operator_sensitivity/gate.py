@@ -88,20 +88,27 @@ def _reference_grid(gated: Sequence[Run], table: pd.DataFrame) -> Condition:
 
 
 def _task_difficulty(gated: Sequence[Run], table: pd.DataFrame) -> Condition:
-    """FULL above FO at some depth, in a task that is neither at chance nor at its ceiling."""
+    """FULL above FO at some depth above 1, in a task that is neither at chance nor at its ceiling.
+
+    At one inner step the two differ at any difficulty; what is asked is whether second order still pays at
+    sufficient inner depth.
+    """
     ids = {run_id for device in ("cpu", "cuda") for run_id in counterparts(gated, device)}
     own = successful(table[table["run_id"].isin(ids)])
     if own.empty:
         return Condition(TASK_DIFFICULTY, False, ("there is no reference run to judge by",))
     best, chance = own["final_acc"].max(), 1 / own["num_classes"].min()
-    evidence = [f"best accuracy {best:.4f}, chance {chance:.4f}, ceiling {_CEILING}"]
+    evidence = [
+        f"best accuracy {best:.4f}, chance {chance:.4f}, ceiling {_CEILING}",
+        "FULL is to be above FO at some depth above k=1:",
+    ]
     separated = False
     for _, row in gains(own).iterrows():
-        above = bool(row["low"] > 0)
-        separated = separated or above
+        above, deep = bool(row["low"] > 0), row["inner_steps"] > 1
+        separated = separated or (above and deep)
         evidence.append(
             f"k={row['inner_steps']} on {row['device']}: FULL - FO = {row['gain']:+.4f}"
             f" [{row['low']:+.4f}, {row['high']:+.4f}] over {row['pairs']} seeds"
-            f"{', above zero' if above else ''}"
+            f"{', above zero' if above else ''}{'' if deep else ', too shallow to count'}"
         )
     return Condition(TASK_DIFFICULTY, bool(chance < best < _CEILING) and separated, tuple(evidence))

@@ -94,14 +94,14 @@ def against_baseline(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of every variant minus that of unharmed attention, paired by everything else.
 
     Returns:
-        backend, variant, mode, inner_steps, gain, low, high, pairs, p_value, p_adjusted, statement.
+        backend, device, variant, mode, inner_steps, gain, low, high, pairs, p_value, p_adjusted, statement.
     """
     good = successful(table)
     shared = [name for name in (*PAIRED, "mode") if name != "variant"]
     sound = good.loc[good["variant"] == BASELINE, [*shared, "final_acc"]]
     joined = good[good["variant"] != BASELINE].merge(sound, on=shared, suffixes=("", "_sound"))
     joined["gain"] = joined["final_acc"] - joined["final_acc_sound"]
-    return _intervals(joined, ["backend", "variant", "mode", "inner_steps"], "variant", BASELINE)
+    return _intervals(joined, ["backend", "device", "variant", "mode", "inner_steps"], "variant", BASELINE)
 
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:

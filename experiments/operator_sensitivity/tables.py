@@ -35,8 +35,7 @@ def accuracy(sound: pd.DataFrame) -> Lines:
     compared = set(sound["outer_steps"]) == {PUBLISHED_OUTER_STEPS}
     lines = []
     for _, row in cells(sound).iterrows():
-        line = {
-            "backend": row["backend"],
+        line = attention(sound, row) | {
             "mode": row["mode"],
             "k": str(row["inner_steps"]),
             "seeds": str(row["seeds"]),
@@ -55,7 +54,7 @@ def paired(sound: pd.DataFrame) -> Lines:
     """FULL minus FO at every depth."""
     return table(
         [
-            {"backend": row["backend"], "k": str(row["inner_steps"])} | compared(row)
+            attention(sound, row) | {"k": str(row["inner_steps"])} | compared(row)
             for _, row in gains(sound).iterrows()
         ]
     )
@@ -65,16 +64,16 @@ def modes(sound: pd.DataFrame) -> Lines:
     """The table {mode -> attention signal present, accuracy gain}."""
     means = cells(sound)
     lines: list[Cells] = []
-    for (backend, mode), own in means.groupby(["backend", "mode"], sort=False):
+    for (backend, device, mode), own in means.groupby(["backend", "device", "mode"], sort=False):
         keeps = bool(own["attn_second_order_ok"].all())
-        line = {
-            "backend": backend,
+        line = attention(sound, own.iloc[0]) | {
             "mode": mode,
             "attention gradient": yes(own["attn_grad_present"].all()),
             "operator keeps curvature": yes(keeps),
             "curvature used": yes(mode == "FULL" and keeps),
         }
-        over = gains(sound[sound["backend"] == backend], mode, "FO").set_index("inner_steps")["gain"]
+        same = sound[(sound["backend"] == backend) & (sound["device"] == device)]
+        over = gains(same, mode, "FO").set_index("inner_steps")["gain"]
         for depth in sorted(means["inner_steps"].unique()):
             known = mode != "FO" and depth in over.index
             line[f"gain over FO, k={depth}"] = signed(over[depth]) if known else ""
@@ -85,8 +84,8 @@ def modes(sound: pd.DataFrame) -> Lines:
 def correlations(good: pd.DataFrame) -> Lines:
     """Whether gain goes with the operator's signal."""
     lines = []
-    for backend in dict.fromkeys(good["backend"]):
-        both = pairs(good[good["backend"] == backend])
+    for _, own in good.groupby(["backend", "device"], sort=False):
+        both = pairs(own)
         for signal, meaning in _SIGNALS.items():
             # of sound attention alone it is always 1
             if signal == "attn_second_order_path" and both["variant"].nunique() < 2:
@@ -94,8 +93,8 @@ def correlations(good: pd.DataFrame) -> Lines:
             found = correlation(both, signal)
             known = not math.isnan(found.low)
             lines.append(
-                {
-                    "backend": backend,
+                attention(good, own.iloc[0])
+                | {
                     "signal": meaning,
                     "points": str(found.points),
                     "seeds": str(found.seeds),
@@ -109,14 +108,14 @@ def correlations(good: pd.DataFrame) -> Lines:
 
 def variants(good: pd.DataFrame) -> Lines:
     """Every variant beside sound attention."""
-    names = ["backend", "variant", "mode", "inner_steps"]
+    names = ["backend", "device", "variant", "mode", "inner_steps"]
     means = cells(good).set_index(names)
     lines = []
     for _, row in against_baseline(good).iterrows():
         own = means.loc[tuple(row[name] for name in names)]
         lines.append(
-            {
-                "backend": row["backend"],
+            attention(good, row)
+            | {
                 "variant": f"`{row['variant']}`",
                 "mode": row["mode"],
                 "k": str(row["inner_steps"]),
@@ -162,6 +161,12 @@ def failures(everything: pd.DataFrame) -> Lines:
             for (backend, variant, mode, status, error), own in groups
         ]
     )
+
+
+def attention(shown: pd.DataFrame, row: pd.Series) -> Cells:
+    """The backend of a row, and its device where the table shows several."""
+    device = {"device": row["device"]} if shown["device"].nunique() > 1 else {}
+    return {"backend": row["backend"], **device}
 
 
 def compared(row: pd.Series) -> Cells:

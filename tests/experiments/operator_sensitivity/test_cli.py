@@ -104,6 +104,43 @@ def test_a_shard_does_not_blame_what_others_have_still_to_do(tmp_path, made, mon
 
 
 @pytest.fixture
+def on_cuda(made, monkeypatch, undrawn):
+    """Backends of the runs that were done, as if there were a GPU; FULL is better at every depth."""
+    done: list[str] = []
+
+    def perform(run, commit):
+        done.append(run.backend)
+        gain = 0.1 + run.seed / 1000 if run.mode == "FULL" else 0.0
+        return made.row(run, 0.5 + gain), {}
+
+    monkeypatch.setattr(module, "perform", perform)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    return done
+
+
+def test_gated_runs_wait_for_the_gate(tmp_path, on_cuda, capsys):
+    options = ["--device", "cuda", "--modes", "FULL", "FO", "--jobs", "1", "--tag", "t", "--out", str(tmp_path)]
+    assert main([*options, "--inner-steps", "1", "--seeds", "0", "1", "2"]) == 3
+    assert "gate: CLOSED" in capsys.readouterr().out
+    assert on_cuda == ["reference"] * 6
+    assert main([*options, "--inner-steps", "1", "5", "--seeds", "0", "1", "2"]) == 0
+    assert "gate: OPEN" in capsys.readouterr().out
+    assert on_cuda == ["reference"] * 12 + ["triton_fused"] * 12
+
+
+def test_the_gate_is_judged_on_the_runs_of_all_shards(tmp_path, on_cuda, capsys):
+    """A shard whose own gated runs have all their reference runs waits for the others' all the same."""
+    options = ["--device", "cuda", "--modes", "FULL", "FO", "--jobs", "1", "--tag", "t", "--out", str(tmp_path)]
+    options += ["--inner-steps", "5", "10", "--seeds", *map(str, range(4))]
+    assert main([*options, "--shard", "0/2"]) == 3
+    assert "8 of 16 reference runs succeeded on cuda" in capsys.readouterr().out
+    assert set(on_cuda) == {"reference"}
+    assert main([*options, "--shard", "1/2"]) == 0
+    assert "16 of 16 reference runs succeeded on cuda" in capsys.readouterr().out
+    assert on_cuda == ["reference"] * 16 + ["triton_fused"] * 8
+
+
+@pytest.fixture
 def idle(monkeypatch):
     """Nothing may run."""
     for where, name in ((module, "perform"), (search, "execute"), (risk_checks, "prepare_process")):

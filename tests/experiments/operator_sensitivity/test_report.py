@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.operator_sensitivity import report
+from experiments.operator_sensitivity import report, tables
 from experiments.operator_sensitivity.answer import answer
 from experiments.operator_sensitivity.ledger import Ledger, write_csv
 from experiments.operator_sensitivity.plots import draw_all
@@ -97,6 +97,49 @@ def test_every_number_follows_the_csv(tmp_path, made):
     assert f"| reference | FULL | 1 | 8 | {mean:.4f} |" in after
 
 
+def test_two_devices_are_two_lines_of_every_table(made):
+    """On the CPU FULL gains at both depths, on CUDA nothing; variants lose by as much as they gained."""
+    rows = []
+    for device, gain in (("cpu", 0.05), ("cuda", 0.0)):
+        for depth in (1, 10):
+            base = dataclasses.replace(made.TINY, inner_steps=depth, device=device)
+            rows += made.pairs([gain + n / 10 for n in NOISE], base, attn_rel_diff=depth * (1 + 10 * gain))
+            rows += made.pairs([n / 10 for n in NOISE], dataclasses.replace(base, variant="detach_key"))
+    good = made.table(rows)
+    sound = good[good["variant"] == "baseline"]
+    modes = "\n".join(tables.modes(sound))
+    assert "| reference | cpu | FULL | yes | yes | yes | +0.0500 | +0.0500 |" in modes
+    assert "| reference | cuda | FULL | yes | yes | yes | +0.0000 | +0.0000 |" in modes
+    assert "| reference | cuda | FO |" in "\n".join(tables.accuracy(sound))
+    paired = "\n".join(tables.paired(sound))
+    assert "| reference | cpu | 10 | 8 | +0.0500 |" in paired
+    assert "| reference | cuda | 10 | 8 | +0.0000 |" in paired
+    correlations = tables.correlations(sound)[2:]
+    assert [line.split(" | ")[:2] for line in correlations] == [
+        ["| reference", "cpu"],
+        ["| reference", "cuda"],
+    ]
+    assert all(" | 16 | 8 | " in line for line in correlations)
+    variants = "\n".join(tables.variants(good))
+    for device, lost in (("cpu", "-0.0500"), ("cuda", "+0.0000")):
+        assert re.search(
+            rf"reference \| {device} \| `detach_key` \| FULL \| 10 \|.* \| 8 \| \{lost} ", variants
+        )
+
+
+def test_one_device_is_no_column(made):
+    assert "device" not in tables.modes(made.table(made.pairs(NOISE)))[0]
+
+
+def test_a_study_of_two_devices_has_a_page(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(report, "draw_all", lambda *_: [])
+    ledger = Ledger(tmp_path, "t")
+    for device in ("cpu", "cuda"):
+        for row in made.pairs(NOISE, dataclasses.replace(made.TINY, device=device)):
+            ledger.append(row)
+    assert "| reference | cuda | FULL |" in "\n".join(combine(ledger, tmp_path / "out")[0])
+
+
 def test_published_numbers_stand_beside_runs_of_their_length_only(tmp_path, made):
     short = "\n".join(combine(filled(tmp_path / "a", made), tmp_path / "out")[0])
     long = "\n".join(combine(filled(tmp_path / "b", made, outer_steps=1000), tmp_path / "out")[0])
@@ -128,8 +171,9 @@ def test_the_answer_claims_with_enough_seeds_alone(made):
 def test_the_gate_of_fused_kernels_is_judged_on_the_page(tmp_path, made, gain, opens):
     ledger = Ledger(tmp_path / "runs", "t")
     gains = [gain + n / 10 for n in NOISE]
-    fused = dataclasses.replace(made.TINY, backend="triton_fused", device="cuda")
-    for row in [*made.pairs(gains), *made.pairs(gains, fused)]:
+    base = dataclasses.replace(made.TINY, inner_steps=5)
+    fused = dataclasses.replace(base, backend="triton_fused", device="cuda")
+    for row in [*made.pairs(gains, base), *made.pairs(gains, fused)]:
         run = Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
         norms = {f"grad_norm_{g}_proj": np.full(4, 0.5) for g in "qkv"}
         ledger.write_curves(run, {"loss": np.linspace(1.5, 1, 4), **norms})

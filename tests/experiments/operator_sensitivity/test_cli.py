@@ -103,6 +103,9 @@ def test_a_shard_does_not_blame_what_others_have_still_to_do(tmp_path, made, mon
     assert main(page) == 0
 
 
+CUDA = ["--device", "cuda", "--modes", "FULL", "FO", "--jobs", "1", "--tag", "t"]
+
+
 @pytest.fixture
 def on_cuda(made, monkeypatch, undrawn):
     """Backends of the runs that were done, as if there were a GPU; FULL is better at every depth."""
@@ -119,7 +122,19 @@ def on_cuda(made, monkeypatch, undrawn):
 
 
 def test_gated_runs_wait_for_the_gate(tmp_path, on_cuda, capsys):
-    options = ["--device", "cuda", "--modes", "FULL", "FO", "--jobs", "1", "--tag", "t", "--out", str(tmp_path)]
+    options = [
+        "--device",
+        "cuda",
+        "--modes",
+        "FULL",
+        "FO",
+        "--jobs",
+        "1",
+        "--tag",
+        "t",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*options, "--inner-steps", "1", "--seeds", "0", "1", "2"]) == 3
     assert "gate: CLOSED" in capsys.readouterr().out
     assert on_cuda == ["reference"] * 6
@@ -130,7 +145,19 @@ def test_gated_runs_wait_for_the_gate(tmp_path, on_cuda, capsys):
 
 def test_the_gate_is_judged_on_the_runs_of_all_shards(tmp_path, on_cuda, capsys):
     """A shard whose own gated runs have all their reference runs waits for the others' all the same."""
-    options = ["--device", "cuda", "--modes", "FULL", "FO", "--jobs", "1", "--tag", "t", "--out", str(tmp_path)]
+    options = [
+        "--device",
+        "cuda",
+        "--modes",
+        "FULL",
+        "FO",
+        "--jobs",
+        "1",
+        "--tag",
+        "t",
+        "--out",
+        str(tmp_path),
+    ]
     options += ["--inner-steps", "5", "10", "--seeds", *map(str, range(4))]
     assert main([*options, "--shard", "0/2"]) == 3
     assert "8 of 16 reference runs succeeded on cuda" in capsys.readouterr().out

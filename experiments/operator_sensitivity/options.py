@@ -27,7 +27,10 @@ def add_execution(options: argparse.ArgumentParser, tag: str) -> None:
         "--out", type=Path, default=DEFAULT_OUT, help="directory of rows, curves and artifacts"
     )
     options.add_argument(
-        "--shard", type=parse_shard, metavar="I/N", help="only every N-th run, from the I-th on"
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="only the I-th of N fair shares, I from 0",
     )
     options.add_argument("--jobs", type=int, default=0, help="processes; 0 for one a CPU core, one on a GPU")
     options.add_argument("--retry-failed", action="store_true", help="do failed runs again")

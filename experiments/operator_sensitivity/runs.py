@@ -138,14 +138,20 @@ def grid(
 
 
 def shard(runs: Sequence[Run], index: int, count: int) -> list[Run]:
-    """The runs of one of ``count`` shards, counted from 0, so that each gets its share of every depth.
+    """The runs of one of ``count`` shards, counted from 0, in their order.
+
+    Each gets its share of every depth and mode, of the gated runs and of the others: of any of these, and of
+    all runs together, no shard has more than one run more than another.
 
     Raises:
         ValueError: for an index that there is not.
     """
     if not 0 <= index < count:
         raise ValueError(f"a shard is one of 0/{count} to {count - 1}/{count}, got {index}/{count}")
-    return list(runs[index::count])
+    # what is alike is dealt out in one go
+    alike = sorted(runs, key=lambda run: (run.backend in GATED, run.inner_steps, MODES.index(run.mode)))
+    own = set(alike[index::count])
+    return [run for run in runs if run in own]
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -40,6 +40,20 @@ def test_shards_share_the_runs_out():
         shard(runs, 5, 5)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("seeds", [1, 2, 8])
+def test_every_shard_has_its_share_of_every_depth(count, seeds):
+    runs = grid(Run(), backends=("reference", "triton_fused"), seeds=range(seeds))
+    parts = [shard(runs, i, count) for i in range(count)]
+    alike = [("inner_steps", "backend"), ("inner_steps", "backend", "mode"), ("backend",), ()]
+    for names in alike:
+        for kind in {tuple(getattr(run, name) for name in names) for run in runs}:
+            shares = [sum(tuple(getattr(r, name) for name in names) == kind for r in part) for part in parts]
+            assert max(shares) - min(shares) <= 1, (kind, shares)
+    for part in parts:
+        assert part == sorted(part, key=runs.index)
+
+
 @pytest.mark.parametrize("text", ["1", "2/2", "-1/2", "a/b", "0/0", "1/"])
 def test_a_shard_that_there_is_not_is_refused(text):
     with pytest.raises(ValueError, match="i/n"):

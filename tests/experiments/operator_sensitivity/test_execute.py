@@ -59,6 +59,23 @@ def test_failed_runs_are_repeated_when_asked(tmp_path, made, performed):
     assert ledger.read()["status"].tolist() == ["OK", "FAILED"]
 
 
+def test_a_row_is_there_only_once_its_curves_are(tmp_path, made, monkeypatch):
+    """Killed between the two, the run is not done."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "perform", lambda run, commit: (made.row(run, 0.5), {"loss": np.ones(3)}))
+    ledger = Ledger(tmp_path, "t")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "write_curves", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            execute([made.TINY], ledger, jobs=1)
+    assert ledger.finished() == set()
+    assert execute([made.TINY], ledger, jobs=1) == 1
+    assert ledger.curves(made.TINY.run_id) is not None
+
+
 def test_processes_give_the_rows_of_one(tmp_path, made, monkeypatch):
     runs = grid(made.TINY, modes=("FULL", "FO"), inner_steps=(1,), seeds=(0, 1))
     one, two = Ledger(tmp_path, "one"), Ledger(tmp_path, "two")

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from scipy import stats
 from experiments.operator_sensitivity import fit
 from experiments.operator_sensitivity.columns import COLUMNS
 from experiments.operator_sensitivity.fit import behaviour, half_width, perform, step_time
+from experiments.operator_sensitivity.operator import second_order_ok
 from experiments.operator_sensitivity.runs import Run
+from experiments.safety_taxonomy.variants import VARIANTS
 from lightning_modules import MetaSeqClassifier
-from theria.curvature import relative_difference
+from theria.attention import registered_backend, scaled_dot_product_attention
+from theria.curvature import as_backend, relative_difference
 from theria.maml import meta_gradient
 from theria.tasks.synthetic_seqcls import sample_tasks
 
@@ -125,6 +129,21 @@ def test_second_order_is_asked_of_the_attention_that_trained(variant, ok, path):
 def test_custom_is_asked_too():
     row, _ = perform(dataclasses.replace(SMALL, outer_steps=2, backend="custom"))
     assert (row["status"], row["attn_second_order_ok"]) == ("OK", True)
+
+
+@pytest.mark.parametrize("variant", ["baseline", "checkpoint"])
+def test_second_order_is_asked_of_the_backend_of_the_run(variant):
+    """Of a backend that loses curvature, not of the reference, with and without a wrapper around it."""
+    broken = VARIANTS["detach_attention_output"].wrap(
+        partial(scaled_dot_product_attention, backend="reference")
+    )
+    run = dataclasses.replace(SMALL, variant=variant, outer_steps=2)
+    assert second_order_ok(run)
+    with registered_backend("without curvature", as_backend(broken)) as name:
+        lost = dataclasses.replace(run, backend=name)
+        assert not second_order_ok(lost)
+        row, _ = perform(lost)
+    assert (row["status"], row["attn_second_order_ok"]) == ("OK", False), row["error"]
 
 
 def test_a_partial_detach_is_not_ok():

@@ -2,9 +2,13 @@
 
 import csv
 import dataclasses
+import fcntl
 import io
+import multiprocessing
+import os
 import re
 import threading
+from os import write
 
 import numpy as np
 import pytest
@@ -113,6 +117,43 @@ def test_writers_at_the_same_time_do_not_tear_rows(tmp_path, made):
     for thread in threads:
         thread.join()
     assert sorted(ledger.read()["seed"]) == list(range(60))
+
+
+# Python's from 3.12 on: torch has threads, which a forked process does without
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_process_waits_for_the_row_that_another_is_writing(tmp_path, made):
+    """What it would otherwise take for the half line of a killed writer, and cut off."""
+    ledger = Ledger(tmp_path, "t")
+    first, second, third = (dataclasses.replace(made.TINY, seed=s) for s in range(3))
+    for run in (first, second):
+        ledger.append(made.row(run, 0.5))
+    *kept, line = ledger.path.read_bytes().splitlines(keepends=True)
+    ledger.path.write_bytes(b"".join(kept))
+    process = multiprocessing.get_context("fork").Process(
+        target=ledger.append, args=(made.row(third, 0.7),), daemon=True
+    )
+    with ledger.path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line[:50])
+        process.start()
+        process.join(0.3)
+        file.write(line[50:])
+        # closing it would not do, since the other process has it open as well
+        fcntl.flock(file, fcntl.LOCK_UN)
+    process.join(10)
+    assert process.exitcode == 0
+    assert ledger.read()["seed"].tolist() == [0, 1, 2]
+
+
+def test_a_row_is_written_at_once(tmp_path, made, monkeypatch):
+    """In one call to the system, its header and all, or else a reader or a kill could come between."""
+    ledger = Ledger(tmp_path, "t")
+    written = []
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append(data) or write(descriptor, data))
+    for seed in range(2):
+        ledger.append(made.row(dataclasses.replace(made.TINY, seed=seed), 0.5))
+    assert b"".join(written) == ledger.path.read_bytes()
+    assert [data.count(b"\n") for data in written] == [2, 1]
 
 
 def test_other_columns_are_refused(tmp_path, made):

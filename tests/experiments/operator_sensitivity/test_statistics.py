@@ -10,6 +10,7 @@ from scipy import stats
 
 from experiments.operator_sensitivity.correlation import correlation
 from experiments.operator_sensitivity.ledger import Ledger
+from experiments.operator_sensitivity.runs import Run
 from experiments.operator_sensitivity.statistics import (
     NO_DIFFERENCE,
     against_baseline,
@@ -216,3 +217,29 @@ def test_rounding_of_means_breaks_no_ties_of_rank(made):
     )
     assert exact.coefficient == pytest.approx(stats.spearmanr([1, 2, 3, 4], [1, 1, 1, 2]).statistic)
     assert (noisy.coefficient, noisy.low, noisy.high) == (exact.coefficient, exact.low, exact.high)
+
+
+def test_the_interval_of_a_correlation_holds_95_percent_of_the_resamples():
+    generator = np.random.default_rng(5)
+    table = pd.DataFrame({"seed": np.repeat(np.arange(10), 4), "attn_rel_diff": generator.normal(size=40)})
+    table["gain"] = 0.4 * table["attn_rel_diff"] + generator.normal(size=40)
+    points = table[["attn_rel_diff", "gain"]].to_numpy().reshape(10, 4, 2)
+    resampled = [points[generator.integers(0, 10, 10)].reshape(40, 2) for _ in range(1500)]
+    coefficients = [stats.spearmanr(*sample.T).statistic for sample in resampled]
+    low, quarter, high = np.percentile(coefficients, [2.5, 25, 97.5])
+    found = correlation(table)
+    assert found.low == pytest.approx(low, abs=0.04)
+    assert found.high == pytest.approx(high, abs=0.04)
+    assert quarter - low > 0.1
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Run) if field.name != "mode"])
+def test_a_pair_agrees_in_every_field_but_the_mode(made, name):
+    value = getattr(made.TINY, name)
+    other = not value if isinstance(value, bool) else value + "x" if isinstance(value, str) else value + 1
+    full = dataclasses.replace(made.TINY, mode="FULL")
+    first = dataclasses.replace(made.TINY, mode="FO")
+    unlike = dataclasses.replace(first, **{name: other})
+    rows = [made.row(full, 0.9), made.row(unlike, 0.1)]
+    assert pairs(made.table(rows)).empty
+    assert pairs(made.table([*rows, made.row(first, 0.5)]))["gain"].tolist() == pytest.approx([0.4])

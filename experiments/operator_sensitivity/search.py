@@ -8,13 +8,14 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import qmc
 
+from experiments.operator_sensitivity.columns import OK
 from experiments.operator_sensitivity.execute import execute
 from experiments.operator_sensitivity.ledger import Ledger
 from experiments.operator_sensitivity.options import add_execution, base_run, parser
 from experiments.operator_sensitivity.plots import draw_all
 from experiments.operator_sensitivity.report import PREFIX, combine, write_page, write_tables
 from experiments.operator_sensitivity.runs import CELL, Run, from_fields, shard
-from experiments.operator_sensitivity.statistics import gains
+from experiments.operator_sensitivity.statistics import gains, pairs, successful
 from experiments.operator_sensitivity.tables import compared, correlations, number, table
 from lightning_modules.atomic_file import atomic_file
 
@@ -142,7 +143,7 @@ def _command(everything: pd.DataFrame, args: argparse.Namespace) -> list[str]:
         f"Command: `python -m experiments.operator_sensitivity search --device {found['device']}"
         f" --tag {args.tag}"
         f" --configurations {args.configurations} --seeds {seeds} --outer-steps {found['outer_steps']}`  ",
-        f"{len(everything)} runs, {(everything['status'] == 'OK').sum()} succeeded; versions"
+        f"{len(everything)} runs, {(everything['status'] == OK).sum()} succeeded; versions"
         f" {found['versions']}, commit {found['commit']}.",
     ]
 
@@ -175,12 +176,6 @@ def _search_section(
         said = "No configuration of that depth has a gain whose interval lies above zero."
     if best is not None:
         said = "The winner, confirmed below: " + ", ".join(f"{w} {getattr(best, w)}" for w in _WAYS) + "."
-    lines = [
-        {way: f"{row[way]:g}" for way in _WAYS}
-        | {"FULL": number(_mean(everything, row, "FULL")), "FO": number(_mean(everything, row, "FO"))}
-        | compared(row)
-        for _, row in ranking.iterrows()
-    ]
     return [
         "## Search for a regime in which second order pays",
         "",
@@ -189,15 +184,38 @@ def _search_section(
         f" FULL is higher in {len(above)} (in {len(deep)} at {least_depth} inner steps or more), FO in"
         f" {len(below)}. {said}",
         "",
-        *table(lines),
+        *table(_lines(everything, ranking)),
         "",
-        *correlations(everything[everything["status"] == "OK"]),
+        *_left_out(everything),
+        *correlations(successful(everything)),
         "",
     ]
 
 
-def _mean(everything: pd.DataFrame, row: pd.Series, mode: str) -> float:
-    own = everything[everything["mode"] == mode]
-    for name in (*_WAYS, "device"):
-        own = own[own[name] == row[name]]
-    return float(own["final_acc"].mean())
+def _lines(everything: pd.DataFrame, ranking: pd.DataFrame) -> list[dict[str, str]]:
+    """A line a configuration; the means are those of the pairs, as the difference is."""
+    both = pairs(everything).groupby(list(CELL))
+    means = both[["final_acc", "final_acc_other"]].mean()
+    return [
+        {way: f"{row[way]:g}" for way in _WAYS}
+        | {
+            mode: number(means.loc[tuple(row[name] for name in CELL), column])
+            for mode, column in zip(MODES, means.columns, strict=True)
+        }
+        | compared(row)
+        for _, row in ranking.iterrows()
+    ]
+
+
+def _left_out(everything: pd.DataFrame) -> list[str]:
+    """The runs without figures, which leave their partners out as well."""
+    rows = everything[everything["status"] != OK]
+    if rows.empty:
+        return []
+    lines = [
+        {way: f"{row[way]:g}" for way in _WAYS}
+        | {name: str(row[name]) for name in ("mode", "seed", "status", "error")}
+        for _, row in rows.iterrows()
+    ]
+    said = f"{len(rows)} runs have no figures and are left out, and with each the run that it is paired with:"
+    return [said, "", *table(lines), ""]

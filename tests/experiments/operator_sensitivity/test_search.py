@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.operator_sensitivity import execute as module
+from experiments.operator_sensitivity import search
 from experiments.operator_sensitivity.cli import main
 from experiments.operator_sensitivity.runs import Run
 from experiments.operator_sensitivity.search import (
@@ -102,3 +103,33 @@ def test_a_search_that_finds_nothing_says_so(tmp_path, trained):
 def test_seeds_that_are_not_fresh_are_refused(tmp_path, capsys):
     assert main(["search", "--seeds", "200", "1", "--out", str(tmp_path)]) == 2
     assert "fresh seeds" in capsys.readouterr().err
+
+
+def test_means_are_those_of_the_pairs_and_what_is_left_out_is_listed(tmp_path, made, monkeypatch):
+    """At one seed FULL diverges, and the FO run of that seed would move the mean of the others."""
+
+    def perform(run, commit):
+        if run.inner_steps == 20 and run.seed == 102 and run.mode == "FULL":
+            return made.row(run, 0.0, final_acc="", status="NON_FINITE", error="not finite at step 3"), {}
+        return made.row(run, {100: 0.5, 101: 0.6, 102: 0.9}[run.seed] + 0.1 * (run.mode == "FULL")), {}
+
+    monkeypatch.setattr(module, "perform", perform)
+    monkeypatch.setattr(search, "draw_all", lambda *_, **__: [])
+    options = ["--configurations", "8", "--jobs", "1", "--out", str(tmp_path), "--least-depth", "21"]
+    assert main(["search", *options]) == 0
+    text = (tmp_path / "operator_sensitivity_search.md").read_text()
+    table = [line.split(" | ") for line in text.splitlines() if line.count("|") > 10]
+    deep = [cells for cells in table if cells[4] == "20" and "NON_FINITE" not in cells]
+    other = [cells for cells in table if cells[4] in ("1", "2", "5", "10")]
+    assert deep
+    assert other
+    assert {tuple(cells[5:9]) for cells in deep} == {("0.6500", "0.5500", "2", "+0.1000")}
+    assert {tuple(cells[5:9]) for cells in other} == {("0.7667", "0.6667", "3", "+0.1000")}
+    assert f"{len(deep)} runs have no figures and are left out" in text
+    assert text.count("| FULL | 102 | NON_FINITE | not finite at step 3 |") == len(deep)
+
+
+def test_a_search_without_failures_lists_none(tmp_path, trained):
+    options = ["--configurations", "2", "--jobs", "1", "--out", str(tmp_path), "--least-depth", "21"]
+    assert main(["search", *options]) == 0
+    assert "left out" not in (tmp_path / "operator_sensitivity_search.md").read_text()

@@ -71,7 +71,7 @@ def strict_agreement(table: pd.DataFrame, ledger: Ledger) -> StrictAgreement:
             continue
         steps += len(one["loss"])
         difference = np.max(np.abs(np.subtract(one["loss"], other["loss"])) / np.abs(one["loss"]))
-        largest = max(largest, float(difference))
+        largest = float(np.maximum(largest, difference))
         unlike = [
             name for name, values in one.items() if not np.allclose(values, other[name], rtol=RTOL, atol=ATOL)
         ]

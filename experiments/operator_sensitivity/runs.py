@@ -38,7 +38,8 @@ class Run:
         inner_lr, outer_lr: rates of the inner descent and of Adam.
         seq_len, width, num_classes, num_signal_positions, noise, support_size, query_size: the task, see
             `SeqClsSpec`.
-        absorb_projections: the same model with keys and values left unprojected; equal up to rounding.
+        absorb_projections: the same model with keys and values left unprojected; equal up to rounding while
+            attention is sound, and no test of one that is not: values then pass beside it.
         device: "cpu" or "cuda".
 
     Raises:

@@ -27,15 +27,16 @@ def answer(studies: Mapping[str, pd.DataFrame]) -> Lines:
 
 def _claims(sound: Mapping[str, pd.DataFrame]) -> Lines:
     """FULL against FO wherever there are enough seeds for a claim."""
-    said = []
+    said, fewer = [], []
     for tag, rows in sound.items():
         found = gains(rows)
+        if (found["pairs"] < ENOUGH_SEEDS).any():
+            fewer.append(tag)
         enough = found[found["pairs"] >= ENOUGH_SEEDS]
         for (backend, device, steps), own in enough.groupby(["backend", "device", "outer_steps"], sort=False):
             where = f"{backend} on {device}, {own['pairs'].min()} paired seeds, {steps} outer steps"
             depths = "; ".join(map(_difference, own.to_dict("records")))
             said.append(f"- **{tag}** ({where}), accuracy of FULL minus FO: {depths}.")
-    fewer = [tag for tag, rows in sound.items() if (gains(rows)["pairs"] < ENOUGH_SEEDS).any()]
     if fewer:
         said.append(f"- Fewer than {ENOUGH_SEEDS} seeds, so no claim: {', '.join(fewer)}.")
     return said

@@ -107,7 +107,7 @@ def run_report(arguments: Sequence[str]) -> int:
         f"python -m experiments.operator_sensitivity report --tag {' '.join(args.tag)} --page {args.page}"
     )
     heading = [f"This page: `{command}`, from the rows of the commands below.", ""]
-    first = answer({tag: Ledger(args.source, tag).read() for tag in args.tag})
+    first = answer({ledger.tag: ledger.read() for ledger in ledgers})
     sections = [first, *(lines for lines, _ in found)]
     write_page(sections, args.page, [*heading, *([*preface, ""] if preface else [])])
     return int(any(strict.disagreeing for _, strict in found))

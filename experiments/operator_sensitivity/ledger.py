@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.operator_sensitivity.columns import COLUMNS, check_line
-from experiments.operator_sensitivity.columns import OK as OK
+from experiments.operator_sensitivity.columns import COLUMNS, OK, check_line
 from experiments.operator_sensitivity.runs import FIELDS, GATED, MODES, Run
 from lightning_modules.atomic_file import atomic_file
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from experiments.operator_sensitivity import tables
+from experiments.operator_sensitivity.columns import OK
 from experiments.operator_sensitivity.gate import verdict_on
-from experiments.operator_sensitivity.ledger import OK
 from experiments.operator_sensitivity.runs import BASELINE, MODES, Run
 from experiments.operator_sensitivity.statistics import (
     ENOUGH_SEEDS,

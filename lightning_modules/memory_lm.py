@@ -1,7 +1,6 @@
 """Training of the memory language model: text, associative recall, and gates that decide."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from lightning_modules.step_log import row_to_log
 from lightning_modules.step_metrics import StepMetrics
 from lightning_modules.text_evaluation import EvaluationSums, batch_sums, bits_per_byte, perplexity
 from lightning_modules.throughput import Throughput, peak_flops_of
+from lightning_modules.training_forward import CudaGraph, TrainingForward
 from theria.memory import PolarizationSchedule, gate_statistics, polarization_loss
 from theria.models.flops import training_flops_per_token
 from theria.models.memory_lm import MemoryLM as Decoder
-from theria.models.memory_lm import MemoryLMOutput
 
 PROGRESS_BAR = ("loss", "bits_per_byte", "recall_accuracy")
 PROMPT_TOKENS = 64
@@ -82,6 +81,8 @@ class MemoryLM(LightningModule):
         recall_weight: w above.
         polarization: lambda over the steps; null does without.
         compile: compile the decoder's training forward with torch.compile.
+        cuda_graph: capture the decoder's training forward and backward in CUDA graphs. ``auto`` does on a
+            CUDA device that trains alone, ``on`` demands it, ``off`` does not.
         peak_tflops: what the device could do, for perf/mfu; null looks the device up for half precision, and
             leaves perf/mfu out where it is not known.
         sample_tokens: tokens written after a prompt of each domain at every validation; 0 for none.
@@ -110,6 +111,7 @@ class MemoryLM(LightningModule):
         recall_weight: float = 1.0,
         polarization: Polarization | None = None,
         compile: bool = False,
+        cuda_graph: CudaGraph = "auto",
         peak_tflops: float | None = None,
         sample_tokens: int = 128,
         sample_temperature: float = 0.8,
@@ -130,6 +132,8 @@ class MemoryLM(LightningModule):
         ):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        if cuda_graph not in ("auto", "on", "off"):
+            raise ValueError(f"cuda_graph must be auto, on or off, got {cuda_graph!r}")
         self.vocab_size = vocab_size
         self.model = Decoder(
             vocab_size,
@@ -156,8 +160,8 @@ class MemoryLM(LightningModule):
         self.sample_temperature = sample_temperature
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.step_metrics = StepMetrics()
-        self.compile_forward = compile
-        self._forward: Callable[..., MemoryLMOutput] = self.model.forward
+        self.compile_forward, self.cuda_graph = compile, cuda_graph
+        self._training_forward: TrainingForward | None = None
         self._throughput = Throughput()
         self._parts: list[dict[str, Tensor]] = []
         self._gradient_norm: Tensor | None = None
@@ -181,9 +185,17 @@ class MemoryLM(LightningModule):
         """Prepare what depends on the device and the number of ranks."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        if self.compile_forward:
-            self._forward = torch.compile(self.model.forward)
+        self._training_forward = TrainingForward(
+            self.model,
+            compiled=self.compile_forward,
+            cuda_graph=self.cuda_graph,
+            alone=self.trainer.world_size == 1,
+        )
         self.step_metrics.reduce = self._mean_over_ranks if self.trainer.world_size > 1 else None
+
+    def on_fit_end(self) -> None:
+        """Give back what compiled and captured functions hold."""
+        self._training_forward = None
 
     def on_train_start(self) -> None:
         """Start the clocks and count on from the restored step."""
@@ -199,8 +211,9 @@ class MemoryLM(LightningModule):
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
         """The losses of one batch; its other figures wait on the device for the end of the step."""
-        output = self._forward(batch.tokens, segment_ids=batch.segment_ids)
-        sums = batch_sums(output.logits, batch)
+        assert self._training_forward is not None
+        logits, all_gates = self._training_forward(batch.tokens, batch.segment_ids)
+        sums = batch_sums(logits, batch)
         loss = sums.lm_loss + self.recall_weight * sums.mean_recall_loss
         values = {
             "loss": loss,
@@ -211,11 +224,11 @@ class MemoryLM(LightningModule):
             "recall_accuracy": sums.recall_correct / sums.recall_labels.clamp_min(1),
         }
         total = loss
-        if output.gates is not None:
-            polar_loss = polarization_loss(output.gates)
+        if all_gates is not None:
+            polar_loss = polarization_loss(all_gates)
             weight = self.polarization.weight()
             total = loss + weight * polar_loss
-            gates = gate_statistics(output.gates)
+            gates = gate_statistics(all_gates)
             values |= {
                 "polar_loss": polar_loss,
                 "polar_weight": weight,

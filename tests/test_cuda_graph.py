@@ -4,9 +4,13 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from theria.cuda_graph import CapturedFunction
+from lightning_modules.training_forward import TrainingForward
+from theria.cuda_graph import CapturedFunction, CapturedTraining
 from theria.maml import meta_gradient
+from theria.models.memory_lm import MemoryLM
 from theria.models.seq_classifier import SeqClassifier
 
 
@@ -74,3 +78,93 @@ def test_graphs_that_became_garbage_do_not_disturb_a_capture():
             assert torch.equal(CapturedFunction(allocating, [x])(x), x + 1)
     finally:
         gc.set_threshold(*thresholds)
+
+
+def small_decoder(**sizes):
+    torch.manual_seed(0)
+    given = {"width": 32, "blocks": 2, "heads": 2, "window": 8, "memory_heads": 2, "memory_dim": 16}
+    return MemoryLM(40, **(given | sizes)).cuda().train()
+
+
+def packed_batch():
+    tokens = torch.randint(40, (3, 70), device="cuda")
+    return tokens, torch.randint(2, (3, 70), device="cuda").cumsum(dim=1)
+
+
+def losses_and_gradients(forward, model, batch):
+    """Of two batches whose gradients add up."""
+    losses = []
+    for tokens, segment_ids in batch:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits, gates = forward(tokens, segment_ids)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()) + gates.square().mean()
+        loss.backward()
+        losses.append(loss.detach())
+    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return losses, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_training_equals_its_own_forward_and_backward(compiled):
+    model = small_decoder()
+    eager = TrainingForward(model, compiled=compiled, cuda_graph="off")
+    captured = TrainingForward(model, compiled=compiled, cuda_graph="on")
+    for _ in range(3):
+        batches = [packed_batch(), packed_batch()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        expected_losses, expected = losses_and_gradients(eager, model, batches)
+        losses, found = losses_and_gradients(captured, model, batches)
+        assert [float(loss) for loss in losses] == [float(loss) for loss in expected_losses]
+        assert any(g is not None and g.abs().max() > 0 for g in expected)
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    shorter = tuple(t[:, :40].contiguous() for t in packed_batch())
+    assert torch.equal(captured(*shorter)[0], eager(*shorter)[0]), "another shape goes without the graph"
+
+
+@pytest.mark.gpu
+def test_dropout_is_new_at_every_replay_and_capturing_draws_nothing():
+    model, batch = small_decoder(dropout=0.5), packed_batch()
+    torch.cuda.manual_seed(7)
+    eager = TrainingForward(model, compiled=False, cuda_graph="off")
+    with torch.no_grad():
+        expected = [eager(*batch)[0].clone() for _ in range(2)]
+    torch.cuda.manual_seed(7)
+    captured = TrainingForward(model, compiled=False, cuda_graph="on")
+    found = [captured(*batch)[0].detach().clone() for _ in range(2)]
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], expected[0]), "the masks of a run that was not captured"
+
+
+@pytest.mark.gpu
+def test_captured_training_is_of_first_order_and_of_its_parameters_place():
+    weight = torch.nn.Parameter(torch.full((3,), 2.0, device="cuda"))
+    captured = CapturedTraining(lambda x: (x * weight.square(),), [torch.ones(3, device="cuda")], [weight])
+    (result,) = captured(torch.arange(3.0, device="cuda"))
+    (gradient,) = torch.autograd.grad(result.sum(), weight, create_graph=True)
+    assert gradient.tolist() == [0.0, 4.0, 8.0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(gradient.sum(), weight)
+    with pytest.raises(ValueError, match="captured for"):
+        captured(torch.ones(2, device="cuda"))
+    weight.data = weight.data.clone()
+    with pytest.raises(ValueError, match="a parameter moved"):
+        captured(torch.ones(3, device="cuda"))
+
+
+def test_a_graph_that_cannot_be_is_refused_where_it_is_demanded():
+    torch.manual_seed(0)
+    model = MemoryLM(40, width=16, blocks=1, heads=2, window=4, memory_heads=1, memory_dim=8)
+    batch = torch.randint(40, (1, 6)), torch.zeros(1, 6, dtype=torch.int64)
+    with pytest.raises(MisconfigurationException, match="cuda_graph is on, but the batch is on cpu"):
+        TrainingForward(model, compiled=False, cuda_graph="on")(*batch)
+    logits, gates = TrainingForward(model, compiled=False, cuda_graph="auto")(*batch)
+    assert torch.equal(logits, model(batch[0], segment_ids=batch[1]).logits)
+    assert gates is not None
+    with pytest.raises(ValueError, match="needs its inputs on a CUDA device"):
+        CapturedTraining(lambda x: (x,), [torch.zeros(1)], [])

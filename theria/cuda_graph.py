@@ -1,12 +1,14 @@
-"""A function of tensors as one CUDA graph: no launch overhead, the same kernels, the same numbers."""
+"""Functions of tensors as CUDA graphs: no launch overhead, the same kernels, the same numbers."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Result = TypeVar("Result")
 
@@ -36,42 +38,162 @@ class CapturedFunction(Generic[Result]):
         inputs: Sequence[Tensor],
         parameters: Sequence[Tensor] = (),
     ) -> None:
-        if any(not t.is_cuda for t in inputs):
-            devices = [str(t.device) for t in inputs]
-            raise ValueError(f"a CUDA graph needs its inputs on a CUDA device, got {devices}")
-        self._static = [t.clone() for t in inputs]
-        self._parameters = list(parameters)
-        self._addresses = [p.data_ptr() for p in self._parameters]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._operands = _Operands(inputs, parameters)
+        static = self._operands.static
+        with _warming_up():
             for _ in range(_WARMUP_CALLS):
-                function(*self._static)
-        torch.cuda.current_stream().wait_stream(side)
+                function(*static)
         self._graph = torch.cuda.CUDAGraph()
-        # other threads (a collective's watchdog, a data loader's pinning) may talk to the device meanwhile
-        with _no_garbage_collection(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = function(*self._static)
+        with _capturing(self._graph):
+            self._result = function(*static)
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether this graph was captured for inputs like these."""
-        return all(
-            new.shape == static.shape and new.dtype is static.dtype and new.device == static.device
-            for new, static in zip(inputs, self._static, strict=True)
-        )
+        return self._operands.fit(inputs)
 
     def __call__(self, *inputs: Tensor) -> Result:
         """The function's result for these inputs and the present values of the parameters."""
-        if not self.fits(inputs):
-            raise ValueError(
-                f"captured for {[_describe(t) for t in self._static]}, got {[_describe(t) for t in inputs]}"
-            )
-        if [p.data_ptr() for p in self._parameters] != self._addresses:
-            raise ValueError("a parameter moved after the capture, which reads its old place: capture again")
-        for static, new in zip(self._static, inputs, strict=True):
-            static.copy_(new)
+        self._operands.copy(inputs)
         self._graph.replay()
         return self._result
+
+
+class CapturedTraining:
+    """Forward and backward of a function captured once each, and replayed with new values.
+
+    A call gives what the function gives, with a graph for autograd whose backward is the second replay. It
+    reaches the parameters alone, once: there is no second derivative. The tensors given are overwritten by
+    the next call, gradients are not. Random numbers (dropout) are new at every replay, and as many as the
+    function takes by itself; the capture leaves the generator where it was. Autocast is as at the capture.
+
+    Args:
+        function: of as many tensors as there are inputs, without synchronisation; gives floating-point
+            tensors, each with a gradient.
+        inputs: examples of all later ones, on a CUDA device; no gradient goes to them.
+        parameters: all that gets a gradient; must keep their storage.
+
+    Raises:
+        ValueError: the inputs are not on a CUDA device, later ones differ in shape, type or device, or a
+            parameter has moved since the capture.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+    ) -> None:
+        self._operands = _Operands(inputs, parameters)
+        static, self._parameters = self._operands.static, self._operands.parameters
+
+        def gradients(results: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+            # a backward pass is not under autocast
+            with torch.autocast("cuda", enabled=False):
+                return torch.autograd.grad(results, self._parameters, cotangents, allow_unused=True)
+
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        device = static[0].device
+        with torch.random.fork_rng(devices=[device]), _without_autocast_cache():
+            with _warming_up():
+                for _ in range(_WARMUP_CALLS):
+                    results = function(*static)
+                    gradients(results, [torch.zeros_like(r) for r in results])
+                    del results
+            with _capturing(self._forward):
+                results = function(*static)
+            self._cotangents = [torch.empty_like(r) for r in results]
+            with _capturing(self._backward, pool=self._forward.pool()):
+                self._gradients = gradients(results, self._cotangents)
+        self._results = tuple(r.detach() for r in results)
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether this was captured for inputs like these."""
+        return self._operands.fit(inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's results for these inputs and the present values of the parameters."""
+        self._operands.copy(inputs)
+        results: tuple[Tensor, ...] = _Replayed.apply(self, *self._parameters)
+        return results
+
+    def replay_forward(self) -> tuple[Tensor, ...]:
+        """The results of what the operands hold now."""
+        self._forward.replay()
+        return tuple(r.detach() for r in self._results)
+
+    def replay_backward(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of the parameters, behind the forward that was replayed last."""
+        for static, given in zip(self._cotangents, cotangents, strict=True):
+            static.copy_(given)
+        self._backward.replay()
+        # autograd may keep what it gets, as a parameter's .grad
+        return [None if g is None else g.clone() for g in self._gradients]
+
+
+class _Replayed(Function):
+    @staticmethod
+    def forward(ctx: Any, captured: CapturedTraining, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.captured = captured
+        return captured.replay_forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.captured.replay_backward(cotangents)
+
+
+class _Operands:
+    """What a graph reads: copies of its inputs, which new values are written to, and parameters."""
+
+    def __init__(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        if any(not t.is_cuda for t in inputs):
+            devices = [str(t.device) for t in inputs]
+            raise ValueError(f"a CUDA graph needs its inputs on a CUDA device, got {devices}")
+        self.static = [t.clone() for t in inputs]
+        self.parameters = list(parameters)
+        self._addresses = [p.data_ptr() for p in self.parameters]
+
+    def fit(self, inputs: Sequence[Tensor]) -> bool:
+        return all(
+            new.shape == static.shape and new.dtype is static.dtype and new.device == static.device
+            for new, static in zip(inputs, self.static, strict=True)
+        )
+
+    def copy(self, inputs: Sequence[Tensor]) -> None:
+        if not self.fit(inputs):
+            raise ValueError(
+                f"captured for {[_describe(t) for t in self.static]}, got {[_describe(t) for t in inputs]}"
+            )
+        if [p.data_ptr() for p in self.parameters] != self._addresses:
+            raise ValueError("a parameter moved after the capture, which reads its old place: capture again")
+        for static, new in zip(self.static, inputs, strict=True):
+            static.copy_(new)
+
+
+@contextmanager
+def _warming_up() -> Iterator[None]:
+    """A stream of its own, on which kernels are compiled and libraries start."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    # other threads (a collective's watchdog, a data loader's pinning) may talk to the device meanwhile
+    with _no_garbage_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        yield
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast as it is, but for its cache: a graph would go on reading weights cast before it."""
+    on = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda")
+    with torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False):
+        yield
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def draw_variants(table: pd.DataFrame, ledger: Ledger) -> Figure | None:
     )
     for i, mode in enumerate(MODES):
         own = means[means["mode"] == mode]
-        y = own["variant"].map(variants.index) + 0.2 * (i - 1)
+        y = own["variant"].map(variants.index).astype(float) + 0.2 * (i - 1)
         colour, marker, _ = _STYLES[mode]
         left.errorbar(
             own["final_acc"],

@@ -1,0 +1,68 @@
+"""The decoder's forward in training: as it is, compiled, and captured in CUDA graphs."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from theria.cuda_graph import CapturedTraining
+from theria.models.memory_lm import MemoryLM, MemoryLMOutput
+
+CudaGraph = Literal["auto", "on", "off"]
+
+
+class TrainingForward:
+    """Logits and gates of training batches.
+
+    A graph is captured at the first batch and serves batches of its shape; another shape is computed
+    without. Logits and gates of a replay are overwritten by the next one.
+
+    Args:
+        model: whose forward it is.
+        compiled: by torch.compile.
+        cuda_graph: "auto" captures on a CUDA device that trains alone; "on" demands it.
+        alone: whether no other process takes part in the training, whose gradients would have to be waited
+            for in the middle of a graph.
+    """
+
+    def __init__(self, model: MemoryLM, *, compiled: bool, cuda_graph: CudaGraph, alone: bool = True) -> None:
+        self._model = model
+        self._forward: Callable[..., MemoryLMOutput] = (
+            torch.compile(model.forward) if compiled else model.forward
+        )
+        self._cuda_graph, self._alone = cuda_graph, alone
+        self._captured: CapturedTraining | None = None
+
+    def __call__(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and gates where there is a memory."""
+        inputs = tokens, segment_ids
+        if not self._to_be_captured(tokens):
+            return self._outputs(*inputs)
+        if self._captured is None:
+            parameters = [p for p in self._model.parameters() if p.requires_grad]
+            self._captured = CapturedTraining(self._tensors, inputs, parameters)
+        if not self._captured.fits(inputs):
+            return self._outputs(*inputs)
+        logits, *gates = self._captured(*inputs)
+        return logits, gates[0] if gates else None
+
+    def _outputs(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = self._forward(tokens, segment_ids=segment_ids)
+        return output.logits, output.gates
+
+    def _tensors(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t for t in self._outputs(tokens, segment_ids) if t is not None)
+
+    def _to_be_captured(self, tokens: Tensor) -> bool:
+        if self._cuda_graph == "off":
+            return False
+        obstacle = None
+        if not tokens.is_cuda:
+            obstacle = f"the batch is on {tokens.device}"
+        elif not self._alone:
+            obstacle = "several processes train"
+        if obstacle and self._cuda_graph == "on":
+            raise MisconfigurationException(f"cuda_graph is on, but {obstacle}; use auto or off")
+        return obstacle is None

@@ -8,7 +8,7 @@ Every ratio is against a peer timed in turns with it in this process.
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.plain_transformer import PlainTransformer, plain_peer
 from benchmarks.report import fitted_exponent, markdown_table, provenance
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.throughput import peak_flops_of
+from theria.cuda_graph import CapturedTraining
 from theria.memory import causal_projection
 from theria.memory.accumulator import causal_read
 from theria.memory.fla_kernels import refusal
@@ -154,7 +155,24 @@ def training_speed(
         steps["memory, compiled"] = training_step(
             model, lambda: memory(tokens, segment_ids=shards).logits, tokens
         )
+        if device == "cuda":
+            steps |= {
+                "plain, compiled and captured": _captured(peer, lambda: plain(tokens), tokens),
+                "memory, compiled and captured": _captured(
+                    model, lambda: memory(tokens, segment_ids=shards).logits, tokens
+                ),
+            }
     return _speed_table(steps, model, peer, tokens, rounds)
+
+
+def _captured(model: torch.nn.Module, logits: Callable[[], Tensor], tokens: Tensor) -> Callable[[], None]:
+    """``training_step`` with forward and backward as CUDA graphs, captured at the first call."""
+
+    @cache
+    def captured() -> CapturedTraining:
+        return CapturedTraining(lambda _: (logits(),), [tokens], list(model.parameters()))
+
+    return training_step(model, lambda: captured()(tokens)[0], tokens)
 
 
 def training_step(model: torch.nn.Module, logits: Callable[[], Tensor], tokens: Tensor) -> Callable[[], None]:
@@ -196,8 +214,10 @@ def _speed_table(
                 f"{1e3 * value:.1f}",
                 f"{rate:,.0f}",
                 "" if peak is None else f"{100 * rate * flops / peak:.1f}%",
+                f"{seconds['plain'] / value:.2f}",
                 f"{best_peer / value:.2f}",
-                f"{peak_bytes(steps[name]) / 2**20:,.0f}",
+                # a graph keeps its memory from one step to the next
+                "" if name.endswith("captured") else f"{peak_bytes(steps[name]) / 2**20:,.0f}",
             ]
         )
     header = [
@@ -206,6 +226,7 @@ def _speed_table(
         "ms a step",
         "tokens a second",
         "MFU",
+        "speed over plain",
         "speed over the best peer",
         "peak MiB",
     ]
@@ -268,7 +289,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens, against the loop and fla")
     parser.add_argument("--longest", type=int, default=131072, help="of the growth with length")
     parser.add_argument("--batch", type=int, help="sequences of a training step; as configured")
-    parser.add_argument("--compiled", action="store_true", help="train both models under torch.compile too")
+    parser.add_argument("--compiled", action="store_true", help="and compiled, on CUDA captured too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()

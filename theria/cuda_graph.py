@@ -8,7 +8,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 Result = TypeVar("Result")
 
@@ -65,6 +64,7 @@ class CapturedTraining:
     reaches the parameters alone, once: there is no second derivative. The tensors given are overwritten by
     the next call, gradients are not. Random numbers (dropout) are new at every replay, and as many as the
     function takes by itself; the capture leaves the generator where it was. Autocast is as at the capture.
+    A backward with ``create_graph=True`` raises NotImplementedError.
 
     Args:
         function: of as many tensors as there are inputs, without synchronisation; gives floating-point
@@ -137,8 +137,11 @@ class _Replayed(Function):
         return captured.replay_forward()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a captured backward has no second derivative; with create_graph=True call the function itself"
+            )
         return None, *ctx.captured.replay_backward(cotangents)
 
 
@@ -176,6 +179,8 @@ def _warming_up() -> Iterator[None]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        # the thread of the backward pass gets a context from a kernel; from cuBLAS it would get a warning too
+        torch.zeros((), device="cuda", requires_grad=True).neg().backward()
         yield
     torch.cuda.current_stream().wait_stream(side)
 

@@ -48,6 +48,8 @@ SMALLER = {
         "model.init_args.heads": 2,
         "model.init_args.memory_dim": 16,
         "model.init_args.window": 16,
+        # the checks of annotations, which are on in tests, are nothing for a compiler
+        "model.init_args.compile": False,
         "data.init_args.sequence_length": 256,
         "data.init_args.num_workers": 0,
     }

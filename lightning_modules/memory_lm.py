@@ -189,7 +189,7 @@ class MemoryLM(LightningModule):
             self.model,
             compiled=self.compile_forward,
             cuda_graph=self.cuda_graph,
-            alone=self.trainer.world_size == 1,
+            strategy=self.trainer.strategy,
         )
         self.step_metrics.reduce = self._mean_over_ranks if self.trainer.world_size > 1 else None
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 
 from theria.cuda_graph import CapturedTraining
@@ -23,16 +24,18 @@ class TrainingForward:
         model: whose forward it is.
         compiled: by torch.compile.
         cuda_graph: "auto" captures on a CUDA device that trains alone; "on" demands it.
-        alone: whether no other process takes part in the training, whose gradients would have to be waited
-            for in the middle of a graph.
+        strategy: of the trainer; any but that of a single device divides parameters, or waits for gradients
+            in the middle of what would be a graph.
     """
 
-    def __init__(self, model: MemoryLM, *, compiled: bool, cuda_graph: CudaGraph, alone: bool = True) -> None:
+    def __init__(
+        self, model: MemoryLM, *, compiled: bool, cuda_graph: CudaGraph, strategy: Strategy | None = None
+    ) -> None:
         self._model = model
         self._forward: Callable[..., MemoryLMOutput] = (
             torch.compile(model.forward) if compiled else model.forward
         )
-        self._cuda_graph, self._alone = cuda_graph, alone
+        self._cuda_graph, self._strategy = cuda_graph, strategy
         self._captured: CapturedTraining | None = None
 
     def __call__(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -61,8 +64,8 @@ class TrainingForward:
         obstacle = None
         if not tokens.is_cuda:
             obstacle = f"the batch is on {tokens.device}"
-        elif not self._alone:
-            obstacle = "several processes train"
+        elif not isinstance(self._strategy, SingleDeviceStrategy | None):
+            obstacle = f"the strategy is {type(self._strategy).__name__}"
         if obstacle and self._cuda_graph == "on":
             raise MisconfigurationException(f"cuda_graph is on, but {obstacle}; use auto or off")
         return obstacle is None

@@ -140,7 +140,7 @@ class _Replayed(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "a captured backward has no second derivative; with create_graph=True call the function itself"
+                "a captured backward has no second derivative; for create_graph=True call the function itself"
             )
         return None, *ctx.captured.replay_backward(cotangents)
 

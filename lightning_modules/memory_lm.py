@@ -81,8 +81,8 @@ class MemoryLM(LightningModule):
         recall_weight: w above.
         polarization: lambda over the steps; null does without.
         compile: compile the decoder's training forward with torch.compile.
-        cuda_graph: capture the decoder's training forward and backward in CUDA graphs. ``auto`` does on a
-            CUDA device that trains alone, ``on`` demands it, ``off`` does not.
+        cuda_graph: capture the decoder's training forward and backward in CUDA graphs. ``auto`` does on CUDA
+            devices, unless FSDP divides the parameters; ``on`` demands it, ``off`` does not.
         peak_tflops: what the device could do, for perf/mfu; null looks the device up for half precision, and
             leaves perf/mfu out where it is not known.
         sample_tokens: tokens written after a prompt of each domain at every validation; 0 for none.

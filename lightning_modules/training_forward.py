@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 
 from theria.cuda_graph import CapturedTraining
@@ -23,9 +23,9 @@ class TrainingForward:
     Args:
         model: whose forward it is.
         compiled: by torch.compile.
-        cuda_graph: "auto" captures on a CUDA device that trains alone; "on" demands it.
-        strategy: of the trainer; any but that of a single device divides parameters, or waits for gradients
-            in the middle of what would be a graph.
+        cuda_graph: "auto" captures on CUDA devices, "on" demands it.
+        strategy: of the trainer. That of a single device and DDP, which takes gradients as they come out of
+            the graph, can be captured; others divide parameters or call into the backward.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrainingForward:
         obstacle = None
         if not tokens.is_cuda:
             obstacle = f"the batch is on {tokens.device}"
-        elif not isinstance(self._strategy, SingleDeviceStrategy | None):
+        elif not isinstance(self._strategy, SingleDeviceStrategy | DDPStrategy | None):
             obstacle = f"the strategy is {type(self._strategy).__name__}"
         if obstacle and self._cuda_graph == "on":
             raise MisconfigurationException(f"cuda_graph is on, but {obstacle}; use auto or off")

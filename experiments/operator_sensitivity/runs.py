@@ -39,11 +39,12 @@ class Run:
         seq_len, width, num_classes, num_signal_positions, noise, support_size, query_size: the task, see
             `SeqClsSpec`.
         absorb_projections: the same model with keys and values left unprojected; equal up to rounding while
-            attention is sound, and no test of one that is not: values then pass beside it.
+            attention is sound. It goes without a variant: values would pass beside the attention.
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: for steps, tasks, rates or a seed that there cannot be.
+        ValueError: for steps, tasks, rates or a seed that there cannot be, or absorbed projections under a
+            variant.
     """
 
     backend: str = "reference"
@@ -73,6 +74,11 @@ class Run:
             rate = getattr(self, name)
             if not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {rate}")
+        if self.absorb_projections and self.variant != BASELINE:
+            raise ValueError(
+                f"{self.variant} is tested on projections that are not absorbed, whose values pass through it;"
+                " leave --absorb-projections out"
+            )
 
     @property
     def run_id(self) -> str:

@@ -185,6 +185,10 @@ def idle(monkeypatch):
         (["--seeds", "-1"], "seed must be at least 0, got -1"),
         (["--inner-lr", "nan"], "inner_lr must be a finite number above 0, got nan"),
         (["--inner-lr", "0"], "inner_lr must be a finite number above 0, got 0.0"),
+        (
+            ["--variants", "baseline", "detach_value", "--absorb-projections"],
+            "detach_value is tested on projections that are not absorbed",
+        ),
         (["--outer-lr", "inf"], "outer_lr must be a finite number above 0, got inf"),
         (["--outer-lr=-1e-3"], "outer_lr must be a finite number above 0, got -0.001"),
         (["--variants", "baseline", "nosuch"], "there is no variant 'nosuch'"),

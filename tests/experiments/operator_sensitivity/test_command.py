@@ -15,9 +15,10 @@ from experiments.operator_sensitivity.summary import command
     ("base", "choices"),
     [
         (Run(), {"backends": ("reference",)}),
+        (Run(absorb_projections=True), {"modes": ("FULL",), "backends": ("reference",)}),
         (Run(outer_steps=1000, noise=0.5), {"inner_steps": (10, 20), "backends": ("reference",)}),
         (
-            Run(absorb_projections=True, seq_len=48),
+            Run(seq_len=48),
             {"modes": ("FULL", "FO"), "seeds": range(8), "variants": ("baseline", "raw_kernel_backward")},
         ),
     ],

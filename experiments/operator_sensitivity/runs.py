@@ -76,7 +76,7 @@ class Run:
                 raise ValueError(f"{name} must be a finite number above 0, got {rate}")
         if self.absorb_projections and self.variant != BASELINE:
             raise ValueError(
-                f"{self.variant} is tested on projections that are not absorbed, whose values pass through it;"
+                f"{self.variant} is tested on projections that are not absorbed, whose values go through it;"
                 " leave --absorb-projections out"
             )
 

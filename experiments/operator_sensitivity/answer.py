@@ -1,13 +1,23 @@
 """The first lines of a page of several studies: what they come to, every number from their rows."""
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
 
+from experiments.operator_sensitivity.correlation import correlation
 from experiments.operator_sensitivity.runs import BASELINE, PAIRED
-from experiments.operator_sensitivity.statistics import ENOUGH_SEEDS, cells, gains, successful
+from experiments.operator_sensitivity.statistics import (
+    ENOUGH_SEEDS,
+    against_baseline,
+    cells,
+    gains,
+    pairs,
+    successful,
+)
 from experiments.operator_sensitivity.tables import PUBLISHED, PUBLISHED_OUTER_STEPS, Lines, signed
+from theria.maml import MetaMode
 
 
 def answer(studies: Mapping[str, pd.DataFrame]) -> Lines:
@@ -21,7 +31,8 @@ def answer(studies: Mapping[str, pd.DataFrame]) -> Lines:
         for tag, table in studies.items()
         if len(good := successful(table))
     }
-    lines = [*_claims(sound), *_reproduction(sound), *_backends(sound)]
+    good = {tag: successful(table) for tag, table in studies.items()}
+    lines = [*_claims(sound), *_broken(good), *_reproduction(sound), *_backends(sound)]
     return ["## The answer", "", *lines, ""] if lines else []
 
 
@@ -39,6 +50,29 @@ def _claims(sound: Mapping[str, pd.DataFrame]) -> Lines:
             said.append(f"- **{tag}** ({where}), accuracy of FULL minus FO: {depths}.")
     if fewer:
         said.append(f"- Fewer than {ENOUGH_SEEDS} seeds, so no claim: {', '.join(fewer)}.")
+    return said
+
+
+def _broken(good: Mapping[str, pd.DataFrame]) -> Lines:
+    """What attention that loses curvature comes to, and whether gain goes with the curvature that is kept."""
+    said = []
+    for tag, rows in good.items():
+        if rows["variant"].nunique() < 2:
+            continue
+        compared = against_baseline(rows)
+        full = compared[(compared["mode"] == MetaMode.FULL) & (compared["pairs"] >= ENOUGH_SEEDS)]
+        for steps, own in full.groupby("inner_steps"):
+            parts = [f"{said_of}: {', '.join(each['variant'])}" for said_of, each in own.groupby("statement")]
+            said.append(
+                f"- **{tag}**, attention that loses curvature, FULL at k = {steps}: {'; '.join(parts)}."
+            )
+        found = correlation(pairs(rows), "attn_second_order_path")
+        if not math.isnan(found.low):
+            said.append(
+                f"- **{tag}**: over {found.points} pairs (depths, seeds, variants) the gain of FULL over FO"
+                f" has the rank correlation {signed(found.coefficient)}"
+                f" [{signed(found.low)}, {signed(found.high)}] with the curvature that attention keeps."
+            )
     return said
 
 

@@ -1,6 +1,7 @@
 """The written summary, every number of which is computed from the CSV."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -136,9 +137,12 @@ def _conditions(everything: pd.DataFrame, tag: str, closed: Sequence[str]) -> Li
         "noise",
     )
     machine = ("absorb_projections", "dtype", "compute_dtype", "autocast", "device", "versions", "commit")
+    whole = math.prod(everything[column].nunique() for column, _ in CHOICES.values())
+    undone = whole - len(everything)
     return [
         f"Command: `{command(everything, tag, closed)}`  ",
-        f"{len(everything)} runs, {(everything['status'] == OK).sum()} succeeded;"
+        f"{len(everything)} runs, {(everything['status'] == OK).sum()} succeeded"
+        f"{f', and {undone} of the command are not done' if undone > 0 else ''};"
         f" {', '.join(map(each, (*settings, 'seed')))};",
         f"{', '.join(map(each, machine))}.",
     ]

@@ -167,6 +167,21 @@ def test_the_answer_claims_with_enough_seeds_alone(made):
     )
 
 
+def test_the_answer_says_what_losing_curvature_costs(made):
+    """One variant is as sound attention, another gains nothing and keeps no curvature."""
+    rows = made.pairs([0.05 + n / 10 for n in NOISE], attn_second_order_path=1.0)
+    for name, gain, path in (("detach_key", 0.05, 0.9), ("raw_kernel_backward", 0.0, 0.0)):
+        broken = dataclasses.replace(made.TINY, variant=name)
+        rows += made.pairs([gain + n / 10 for n in NOISE], broken, attn_second_order_path=path)
+    text = "\n".join(answer({"t": made.table(rows)}))
+    assert "FULL at k = 1: baseline higher: raw_kernel_backward; no difference detected: detach_key." in text
+    found = re.search(r"over 24 pairs .* rank correlation (\S+) \[(\S+), (\S+)\] with the curvature", text)
+    assert found is not None
+    middle, low, high = map(float, found.groups())
+    assert 0.5 < low <= high < 1
+    assert 0.5 < middle < 1
+
+
 @pytest.mark.parametrize(("gain", "opens"), [(0.05, True), (0.0, False)])
 def test_the_gate_of_fused_kernels_is_judged_on_the_page(tmp_path, made, gain, opens):
     ledger = Ledger(tmp_path / "runs", "t")
@@ -216,7 +231,8 @@ def test_failures_are_listed(tmp_path, made):
     run = dataclasses.replace(made.TINY, backend="custom")
     ledger.append(made.row(run, 0.0, final_acc="", final_loss="", status="FAILED", error="out of memory"))
     text = "\n".join(combine(ledger, tmp_path / "out")[0])
-    assert "73 runs, 72 succeeded" in text
+    # 2 backends, 2 variants, 3 modes, 2 depths and 8 seeds make 192
+    assert "73 runs, 72 succeeded, and 119 of the command are not done" in text
     assert "| custom | baseline | FULL | 1 | FAILED | out of memory |" in text
 
 

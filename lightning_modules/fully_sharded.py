@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,11 +25,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
     training goes on from them on any number of devices and with any strategy; rank zero gathers them in its
     host's memory. And a run starts as all others do, with weights restored before ``on_fit_start``.
 
-    The module divides itself in ``configure_model`` with `divide`. Precision is the trainer's: with
+    ``trainer.strategy: fully_sharded`` takes it. The module divides itself in ``configure_model`` with `divide`. Precision is the trainer's: with
     bf16-mixed weights are gathered and gradients are averaged in float32, as on one device.
 
     Raises:
-        MisconfigurationException: the module does not divide itself, or a callback reads whole parameters.
+        MisconfigurationException: the module does not divide itself or compiles its forward, or a callback
+            reads whole parameters.
     """
 
     def __init__(self) -> None:
@@ -45,13 +46,27 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Yes, through `load_optimizer_state_dict`."""
         return True
 
-    def connect(self, model: LightningModule) -> None:
-        """Refuse a module that does not divide itself."""
+    def check(self, model: LightningModule, callbacks: Sequence[Callback]) -> None:
+        """Refuse what does not go together with divided parameters, before anything is started.
+
+        Raises:
+            MisconfigurationException: as the class says.
+        """
         if not is_overridden("configure_model", model):
             raise MisconfigurationException(
                 f"{type(model).__name__} cannot be divided by {type(self).__name__}: set trainer.strategy to ddp"
             )
-        super().connect(model)
+        if getattr(model, "compile_forward", False):
+            raise MisconfigurationException(
+                f"compile takes the forward as one function, past the blocks that {type(self).__name__} "
+                "divides: set model.compile to false, or trainer.strategy to ddp"
+            )
+        for callback in callbacks:
+            if getattr(callback, "needs_whole_parameters", False):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} reads whole parameters or their gradients, which "
+                    f"{type(self).__name__} divides: leave the callback out, or set trainer.strategy to ddp"
+                )
 
     def setup_environment(self) -> None:
         """Start the processes' group; all of them divide the data and the parameters."""
@@ -59,14 +74,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse callbacks that read parameters which no process has any more, then set up."""
-        callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its body
-        for callback in callbacks:
-            if getattr(callback, "needs_whole_parameters", False):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} differentiates or reads whole parameters, which "
-                    f"{type(self).__name__} has divided: leave the callback out, or set trainer.strategy to ddp"
-                )
+        """Refuse what does not go together, then set up."""
+        self.check(trainer.lightning_module, trainer.callbacks)  # type: ignore[attr-defined]  # set outside of its body
         super().setup(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -121,6 +130,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
             whole = whole_tensor(value.detach())
             return whole.cpu() if self.is_global_zero else None
         return value
+
+
+# its name in configurations
+StrategyRegistry.register("fully_sharded", FullyShardedStrategy, FullyShardedStrategy.__doc__, override=True)
 
 
 def divide(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:

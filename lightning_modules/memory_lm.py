@@ -186,19 +186,9 @@ class MemoryLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_model(self) -> None:
-        """Under `FullyShardedStrategy`, divide the model over the processes.
-
-        Raises:
-            MisconfigurationException: the forward is to be compiled, which would go past the division.
-        """
-        if not isinstance(self.trainer.strategy, FullyShardedStrategy):
-            return
-        if self.compile_forward:
-            raise MisconfigurationException(
-                "compile takes the forward as one function, past the blocks that FullyShardedStrategy divides: "
-                "set model.compile to false, or trainer.strategy to ddp"
-            )
-        divide(self.model, list(self.model.blocks), self.trainer.strategy.device_mesh)
+        """Under `FullyShardedStrategy`, divide the model over the processes, block by block."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            divide(self.model, list(self.model.blocks), self.trainer.strategy.device_mesh)
 
     def on_fit_start(self) -> None:
         """Prepare what depends on the device and the number of ranks."""

@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"], choices=("ddp", "fsdp"))
     parser.add_argument("--modules", nargs="+", default=list(JOBS), choices=tuple(JOBS))
-    parser.add_argument("--steps", type=int, default=40, help="steps that are timed, a multiple of --block")
+    parser.add_argument("--steps", type=int, default=30, help="steps that are timed, a multiple of --block")
     parser.add_argument("--warm-up", type=int, default=10, help="steps before them")
     parser.add_argument("--block", type=int, default=5, help="steps that are timed together")
     parser.add_argument("--more", type=int, default=8, help="steps that a resumed run takes")

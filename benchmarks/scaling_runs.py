@@ -1,11 +1,14 @@
 """Runs of ``theria fit`` for the scaling benchmark: their settings, their processes and what they leave."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ import yaml
 from callbacks import read_metrics
 
 ROOT = Path(__file__).parents[1]
+_POLL_SECONDS = 0.1
 SINGLE = "one device"
 _STRATEGIES = {SINGLE: "auto", "ddp": "ddp", "fsdp": "fully_sharded"}
 
@@ -128,7 +132,7 @@ def run(case: Case, plan: Plan, *, source: Case | None = None) -> Outcome:
     command += ["--save_dir", str(folder), "--name", "run"]
     if source is not None:
         command += ["--ckpt_path", str(checkpoint_of(source, plan))]
-    error = _call(command, folder / "log.txt", plan)
+    error = _call(command, folder / "log.txt", case.devices, plan)
     if error:
         return Outcome([], 0, {}, (), error)
     return read(folder, case.devices, plan.block)
@@ -191,25 +195,60 @@ def _settings(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def _call(command: list[str], log: Path, plan: Plan) -> str:
-    """Run a command with all processes that it starts; nothing, or in one line why it failed."""
+def _call(command: list[str], log: Path, devices: int, plan: Plan) -> str:
+    """Run a command as so many processes; nothing, or in one line why it failed.
+
+    They are told of each other as by Lightning's launcher, which starts the second only once the first has
+    imported everything.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if plan.accelerator == "cpu":
         environment["OMP_NUM_THREADS"] = "1"  # so that processes do not take each other's cores
+    if devices > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+        processes = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment | ({"LOCAL_RANK": str(rank)} if devices > 1 else {}),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            for rank in range(devices)
+        ]
         try:
-            status = process.wait(plan.timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # the session of this run alone
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return f"not done after {plan.timeout:.0f} s"
-            raise
+            status = _status_of_all(processes, plan.timeout)
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the session of this process alone
+                process.wait()
     if status == 0:
         return ""
+    if status is None:
+        return f"not done after {plan.timeout:.0f} s"
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     said = [line for line in lines if "Error" in line or "error:" in line] or lines or [""]
     return f"status {status}: {said[0]}".replace("|", "/")[:300]
+
+
+def _status_of_all(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | None:
+    """0 once all have ended well, the first other status as soon as there is one, None out of time."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        statuses = [process.poll() for process in processes]
+        failed = [status for status in statuses if status]
+        if failed:
+            return failed[0]
+        if None not in statuses:
+            return 0
+        time.sleep(_POLL_SECONDS)
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

@@ -46,6 +46,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Yes, through `load_optimizer_state_dict`."""
         return True
 
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """All processes in one row, over which `divide` divides (two rows would stand for copies)."""
+        return self.device_mesh["data_parallel"]
+
     def check(self, model: LightningModule, callbacks: Sequence[Callback]) -> None:
         """Refuse what does not go together with divided parameters, before anything is started.
 

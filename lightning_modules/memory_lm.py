@@ -188,7 +188,7 @@ class MemoryLM(LightningModule):
     def configure_model(self) -> None:
         """Under `FullyShardedStrategy`, divide the model over the processes, block by block."""
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
-            divide(self.model, list(self.model.blocks), self.trainer.strategy.device_mesh)
+            divide(self.model, list(self.model.blocks), self.trainer.strategy.data_mesh)
 
     def on_fit_start(self) -> None:
         """Prepare what depends on the device and the number of ranks."""

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --devices 1 2 --accelerator cuda --out docs/results/scaling.md
     python -m benchmarks.scaling --devices 1 2 --accelerator cpu --out docs/results/scaling_cpu.md
 
-Every run is `theria fit` in processes of its own. Strong scaling divides one device's batch among the devices,
-weak scaling gives each as much as the one has. Leaves with status 1 where a run failed.
+Every run is `theria fit` in processes of its own. Strong scaling divides one device's batch among the
+devices, weak scaling gives each as much as the one has. Leaves with status 1 where a run failed.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def resumed(outcomes: dict[Case, Outcome], plan: Plan) -> dict[tuple[Case, Case]
             single = Case(case.module, SINGLE, 1)
             pairs += [(single, case), (case, single)]
     with ThreadPoolExecutor(RESUMES_AT_ONCE[plan.accelerator]) as pool:
-        found = list(pool.map(lambda pair: _resume(*pair, outcomes, plan), pairs))
+        found = list(pool.map(lambda pair: _resume(pair[0], pair[1], outcomes, plan), pairs))
     return dict(zip(pairs, found, strict=True))
 
 
@@ -124,20 +124,21 @@ def page(
             provenance("benchmarks.scaling").rstrip(),
             f"Devices of the runs: {devices_of(outcomes)}; {interconnect(plan.accelerator)}",
             "",
-            f"{configs}; precision as configured. Steps a second are the median over blocks of {plan.block} "
-            f"steps, {plan.steps} steps after {plan.warm_up} of warm-up, each block until the slowest process has "
-            "done it, without validation. Strong: the batch of one device divided; efficiency is the rate over "
-            "that of one device and over the devices. Weak: a batch as one device's on each; efficiency is the "
-            f"rate over that of one device. Peak memory is {memory}, on the device that held most.",
+            f"{configs}; precision as configured. Steps a second are the median over blocks of {plan.block}"
+            f" steps, {plan.steps} steps after {plan.warm_up} of warm-up, each block until the slowest process"
+            " has done it, without validation. Strong: the batch of one device divided; efficiency is the rate"
+            " over that of one device and over the devices. Weak: a batch as one device's on each; efficiency"
+            f" is the rate over that of one device. Peak memory is {memory}, on the device that held most.",
             "",
             *markdown_table(header, rows),
             "",
-            "The loss difference is the largest |a - b| / |b| over all steps, beside one device with the same "
-            "global batch.",
+            "The loss difference is the largest |a - b| / |b| over all steps, beside one device with the same"
+            " global batch.",
             "",
             "## A checkpoint taken up on another number of devices",
             "",
-            "The same difference over the steps behind the checkpoint, beside the run that wrote it and went on.",
+            "The same difference over the steps behind the checkpoint, beside the run that wrote it, which"
+            " went on.",
             "",
             *markdown_table(resume_header, resume_rows),
             "",

@@ -132,7 +132,7 @@ def run(case: Case, plan: Plan, *, source: Case | None = None) -> Outcome:
     command += ["--save_dir", str(folder), "--name", "run"]
     if source is not None:
         command += ["--ckpt_path", str(checkpoint_of(source, plan))]
-    error = _call(command, folder / "log.txt", case.devices, plan)
+    error = call(command, folder / "log.txt", case.devices, plan)
     if error:
         return Outcome([], 0, {}, (), error)
     return read(folder, case.devices, plan.block)
@@ -195,7 +195,7 @@ def _settings(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def _call(command: list[str], log: Path, devices: int, plan: Plan) -> str:
+def call(command: list[str], log: Path, devices: int, plan: Plan) -> str:
     """Run a command as so many processes; nothing, or in one line why it failed.
 
     They are told of each other as by Lightning's launcher, which starts the second only once the first has

@@ -17,8 +17,8 @@ _KIB = 2**10
 class StepClock(Callback):
     """Times training in blocks of steps, at whose ends the device is waited for.
 
-    Each process leaves ``rank_N.json`` in ``folder``: seconds of every block, its name for its device, and the
-    most bytes that it held at once (on CUDA of the allocator, elsewhere of the process).
+    Each process leaves ``rank_N.json`` in ``folder``: seconds of every block, its name for its device, and
+    the most bytes that it held at once (on CUDA of the allocator, elsewhere of the process).
 
     Args:
         folder: of the files.

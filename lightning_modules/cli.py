@@ -262,8 +262,8 @@ def _check_settings(model: LightningModule, trainer: Trainer) -> None:
             fail(str(error))
     elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         fail(
-            f"trainer.strategy is Lightning's {type(strategy).__name__}, whose checkpoints no run here goes on "
-            "from: take fully_sharded, as configs/trainer/fsdp.yaml does, or ddp"
+            f"trainer.strategy is Lightning's {type(strategy).__name__}, whose checkpoints no run here goes "
+            "on from: take fully_sharded, as configs/trainer/fsdp.yaml does, or ddp"
         )
     if model.automatic_optimization:
         return

@@ -25,8 +25,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     training goes on from them on any number of devices and with any strategy; rank zero gathers them in its
     host's memory. And a run starts as all others do, with weights restored before ``on_fit_start``.
 
-    ``trainer.strategy: fully_sharded`` takes it. The module divides itself in ``configure_model`` with `divide`. Precision is the trainer's: with
-    bf16-mixed weights are gathered and gradients are averaged in float32, as on one device.
+    In a configuration it is ``trainer.strategy: fully_sharded``. The module divides itself in
+    ``configure_model`` with `divide`. Precision is the trainer's: with bf16-mixed, weights are gathered and
+    gradients are averaged in float32, as on one device.
 
     Raises:
         MisconfigurationException: the module does not divide itself or compiles its forward, or a callback
@@ -59,7 +60,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """
         if not is_overridden("configure_model", model):
             raise MisconfigurationException(
-                f"{type(model).__name__} cannot be divided by {type(self).__name__}: set trainer.strategy to ddp"
+                f"{type(model).__name__} cannot be divided by {type(self).__name__}: set trainer.strategy to "
+                "ddp"
             )
         if getattr(model, "compile_forward", False):
             raise MisconfigurationException(
@@ -112,11 +114,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             if len(numbers) != len(parameters):
                 raise MisconfigurationException(
-                    f"the checkpoint's optimiser has {len(numbers)} parameters and this one {len(parameters)}: "
-                    "use the configuration of its run"
+                    f"the checkpoint's optimiser has {len(numbers)} parameters and this one {len(parameters)}"
+                    ": use the configuration of its run"
                 )
             parts = {
-                number: {name: _divided_like(parameter, value) for name, value in state["state"][number].items()}
+                number: {
+                    name: _divided_like(parameter, value) for name, value in state["state"][number].items()
+                }
                 for number, parameter in zip(numbers, parameters, strict=True)
                 if number in state["state"]
             }
@@ -127,7 +131,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def _gathered(self, value: Any) -> Any:
-        """The same nest of dictionaries and lists with whole tensors on the host, empty except on rank zero."""
+        """The same nest of dictionaries with whole tensors on the host, empty except on rank zero."""
         if isinstance(value, Mapping):
             found = {name: self._gathered(part) for name, part in value.items()}
             return found if self.is_global_zero else {}

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,6 +27,17 @@ from lightning_modules import MemoryLM
 from lightning_modules.cli import main
 
 ROOT = Path(__file__).parents[2]
+# what runs of two processes take, the second with NCCL between two devices
+ACCELERATORS = [
+    "cpu",
+    pytest.param(
+        "gpu",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+        ],
+    ),
+]
 
 
 class Run(NamedTuple):
@@ -67,9 +79,7 @@ def in_processes(directory: Path, runs: list[Run]) -> dict[str, str]:
             for rank in range(run.processes):
                 command = [sys.executable, __file__, str(directory), str(number)]
                 environment = os.environ | {"PYTHONPATH": str(ROOT)} | of_rank(run, rank, port)
-                processes.append(
-                    subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-                )
+                processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment))
     end = time.monotonic() + 300
     try:
         statuses = [process.wait(max(0.0, end - time.monotonic())) for process in processes]

@@ -125,8 +125,8 @@ def page(
             f"Devices of the runs: {devices_of(outcomes)}; {interconnect(plan.accelerator)}",
             "",
             f"{configs}; precision as configured. Steps a second are the median over blocks of {plan.block}"
-            f" steps, {plan.steps} steps after {plan.warm_up} of warm-up, each block until the slowest process"
-            " has done it, without validation. Strong: the batch of one device divided; efficiency is the rate"
+            f" steps, {plan.steps} steps after {plan.warm_up} of warm-up, each until the slowest process has"
+            " done it, without validation. Strong: the batch of one device divided; efficiency is the rate"
             " over that of one device and over the devices. Weak: a batch as one device's on each; efficiency"
             f" is the rate over that of one device. Peak memory is {memory}, on the device that held most.",
             "",

@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import markdown_table, provenance
-from benchmarks.scaling_runs import JOBS, SINGLE, Case, Outcome, Plan, largest_difference, run
+from benchmarks.scaling_runs import JOBS, SINGLE, UNCAPTURED, Case, Outcome, Plan, largest_difference, run
 
 MIB = 2**20
 # Runs that take checkpoints up are not timed: on GPUs as many of them go side by side.
 RESUMES_AT_ONCE = {"cpu": 1, "cuda": 6}
 
 
-def cases_of(module: str, strategies: list[str], devices: list[int]) -> list[Case]:
-    """One device first, then every strategy and number of devices, strong and weak."""
+def cases_of(module: str, strategies: list[str], devices: list[int], accelerator: str) -> list[Case]:
+    """One device first, then every strategy and number of devices, strong and weak, beside its baseline."""
     spread = [
         Case(module, strategy, count, weak)
         for strategy in JOBS[module].strategies
@@ -37,7 +37,8 @@ def cases_of(module: str, strategies: list[str], devices: list[int]) -> list[Cas
         if count > 1
         for weak in (False, True)
     ]
-    return [Case(module, SINGLE, 1), *spread]
+    baselines = [Case(module, SINGLE, 1), *(case.baseline(accelerator) for case in spread)]
+    return [*dict.fromkeys(baselines), *spread]
 
 
 def timed(cases: list[Case], plan: Plan) -> dict[Case, Outcome]:
@@ -53,7 +54,7 @@ def resumed(outcomes: dict[Case, Outcome], plan: Plan) -> dict[tuple[Case, Case]
     """The outcome of taking up one device's checkpoint on several, and of several on one."""
     pairs = []
     for case in outcomes:
-        if case.devices > 1 and not case.weak:
+        if case.devices > 1 and case.saves:
             single = Case(case.module, SINGLE, 1)
             pairs += [(single, case), (case, single)]
     with ThreadPoolExecutor(RESUMES_AT_ONCE[plan.accelerator]) as pool:
@@ -76,13 +77,13 @@ def say(name: str, outcome: Outcome) -> None:
 
 def case_row(case: Case, outcome: Outcome, single: Outcome, accelerator: str) -> list[str]:
     """A row of the table of runs; the error in place of the figures where there is one."""
-    scaling = "" if case.strategy == SINGLE else "weak" if case.weak else "strong"
+    scaling = "" if case.devices == 1 else "weak" if case.weak else "strong"
     title = [case.module, case.strategy, str(case.devices), scaling, str(case.batch(accelerator))]
     if outcome.error:
         return [*title, f"failed: {outcome.error}", "", "", "", ""]
     slowest, fastest = (1 / pick(outcome.seconds) for pick in (max, min))
     row = [*title, f"{outcome.rate:.2f}", f"{slowest:.2f} to {fastest:.2f}"]
-    if case.strategy == SINGLE or single.error:
+    if case.devices == 1 or single.error:
         return [*row, "", f"{outcome.peak_bytes / MIB:,.0f}", ""]
     efficiency = outcome.rate / single.rate / (1 if case.weak else case.devices)
     difference = "" if case.weak else f"{largest_difference(outcome.losses, single.losses):.1e}"
@@ -105,7 +106,7 @@ def page(
 ) -> str:
     """The report."""
     rows = [
-        case_row(case, outcome, outcomes[Case(case.module, SINGLE, 1)], plan.accelerator)
+        case_row(case, outcome, outcomes[case.baseline(plan.accelerator)], plan.accelerator)
         for case, outcome in outcomes.items()
     ]
     header = ["module", "strategy", "devices", "scaling", "global batch", "steps a second"]
@@ -133,7 +134,7 @@ def page(
             *markdown_table(header, rows),
             "",
             "The loss difference is the largest |a - b| / |b| over all steps, beside one device with the same"
-            " global batch.",
+            f" global batch. FSDP captures no CUDA graphs and is measured by {UNCAPTURED}.",
             "",
             "## A checkpoint taken up on another number of devices",
             "",
@@ -202,7 +203,11 @@ def main() -> None:
         plan = Plan(
             args.accelerator, Path(folder), args.warm_up, args.steps, args.block, args.more, args.timeout
         )
-        cases = [case for module in args.modules for case in cases_of(module, args.strategies, args.devices)]
+        cases = [
+            case
+            for module in args.modules
+            for case in cases_of(module, args.strategies, args.devices, args.accelerator)
+        ]
         outcomes = timed(cases, plan)
         resumes = resumed(outcomes, plan)
     report = page(plan, outcomes, resumes)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.scaling import Case, Outcome, Plan, case_row, cases_of, page, resume_row
-from benchmarks.scaling_runs import SINGLE, call, largest_difference, read, run
+from benchmarks.scaling_runs import SINGLE, UNCAPTURED, call, largest_difference, read, run
 from callbacks.metrics_file import MetricsFile
 
 MODULE = "MemoryLM"
@@ -34,12 +34,18 @@ def test_a_difference_is_relative_and_of_steps_that_both_have():
 
 
 def test_every_strategy_that_a_module_takes_is_run_both_ways():
-    assert cases_of("MetaSeqClassifier", ["ddp", "fsdp"], [1, 2]) == [
+    assert cases_of("MetaSeqClassifier", ["ddp", "fsdp"], [1, 2], "cuda") == [
         Case("MetaSeqClassifier", SINGLE, 1),
         Case("MetaSeqClassifier", "ddp", 2),
         Case("MetaSeqClassifier", "ddp", 2, weak=True),
     ]
-    assert {case.strategy for case in cases_of(MODULE, ["fsdp"], [1, 2, 4])} == {SINGLE, "fsdp"}
+    assert {case.strategy for case in cases_of(MODULE, ["fsdp"], [1, 2, 4], "cpu")} == {SINGLE, "fsdp"}
+    assert cases_of(MODULE, ["fsdp"], [1, 2], "cuda") == [
+        ALONE,
+        Case(MODULE, UNCAPTURED, 1),
+        Case(MODULE, "fsdp", 2),
+        Case(MODULE, "fsdp", 2, weak=True),
+    ]
 
 
 def test_a_block_lasts_as_long_as_for_the_slowest(tmp_path):

@@ -46,8 +46,6 @@ SMALL: dict[str, Any] = {
             "slots": 3,
             "chunk_size": 8,
             "sample_tokens": 4,
-            # only one device captures graphs
-            "cuda_graph": "off",
             "polarization": {"steps": STEPS, "initial": 1.0, "hold": 0.2},
             "lr_scheduler": {
                 "class_path": "WarmupCosine",

@@ -4,7 +4,8 @@
     python -m benchmarks.scaling --devices 1 2 --accelerator cpu --out docs/results/scaling_cpu.md
 
 Every run is `theria fit` in processes of its own. Strong scaling divides one device's batch among the
-devices, weak scaling gives each as much as the one has. Leaves with status 1 where a run failed.
+devices, weak scaling gives each as much as the one has. Runs of one GPU are done side by side, each on a GPU
+of its own. Leaves with status 1 where a run failed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from benchmarks.scaling_runs import JOBS, SINGLE, UNCAPTURED, Case, Outcome, Pla
 
 MIB = 2**20
 # Runs that take checkpoints up are not timed: on GPUs as many of them go side by side.
-RESUMES_AT_ONCE = {"cpu": 1, "cuda": 6}
+RESUMES_AT_ONCE = {"cpu": 1, "cuda": 3}
 
 
 def cases_of(module: str, strategies: list[str], devices: list[int], accelerator: str) -> list[Case]:
@@ -41,16 +42,24 @@ def cases_of(module: str, strategies: list[str], devices: list[int], accelerator
     return [*dict.fromkeys(baselines), *spread]
 
 
-def timed(cases: list[Case], plan: Plan) -> dict[Case, Outcome]:
-    """The outcome of every case, one run after the other."""
-    outcomes = {}
+def timed(cases: list[Case], plan: Plan, devices: int) -> dict[Case, Outcome]:
+    """The outcome of every case, one after the other; on CUDA, those of one device each on one of them."""
+    at_once = devices if plan.accelerator == "cuda" else 1
+    alone = [case for case in cases if case.devices == 1]
+    outcomes: dict[Case, Outcome] = {}
+    for first in range(0, len(alone), at_once):
+        together = alone[first : first + at_once]
+        with ThreadPoolExecutor(at_once) as pool:
+            found = pool.map(lambda place: run(place[1], plan, device=place[0]), enumerate(together))
+            outcomes |= zip(together, found, strict=True)
     for case in cases:
-        outcomes[case] = run(case, plan)
+        if case.devices > 1:
+            outcomes[case] = run(case, plan)
         say(case.name, outcomes[case])
-    return outcomes
+    return {case: outcomes[case] for case in cases}
 
 
-def resumed(outcomes: dict[Case, Outcome], plan: Plan) -> dict[tuple[Case, Case], Outcome]:
+def resumed(outcomes: dict[Case, Outcome], plan: Plan, devices: int) -> dict[tuple[Case, Case], Outcome]:
     """The outcome of taking up one device's checkpoint on several, and of several on one."""
     pairs = []
     for case in outcomes:
@@ -58,14 +67,14 @@ def resumed(outcomes: dict[Case, Outcome], plan: Plan) -> dict[tuple[Case, Case]
             single = Case(case.module, SINGLE, 1)
             pairs += [(single, case), (case, single)]
     with ThreadPoolExecutor(RESUMES_AT_ONCE[plan.accelerator]) as pool:
-        found = list(pool.map(lambda pair: _resume(pair[0], pair[1], outcomes, plan), pairs))
-    return dict(zip(pairs, found, strict=True))
+        jobs = [pool.submit(_resume, *pair, outcomes, plan, n // 2 % devices) for n, pair in enumerate(pairs)]
+    return {pair: job.result() for pair, job in zip(pairs, jobs, strict=True)}
 
 
-def _resume(source: Case, case: Case, outcomes: dict[Case, Outcome], plan: Plan) -> Outcome:
+def _resume(source: Case, case: Case, outcomes: dict[Case, Outcome], plan: Plan, device: int) -> Outcome:
     if outcomes[source].error:
         return Outcome([], 0, {}, (), "there is no checkpoint to take up")
-    outcome = run(case, plan, source=source)
+    outcome = run(case, plan, source=source, device=device)
     say(f"{source.name} to {case.name}", outcome)
     return outcome
 
@@ -208,8 +217,8 @@ def main() -> None:
             for module in args.modules
             for case in cases_of(module, args.strategies, args.devices, args.accelerator)
         ]
-        outcomes = timed(cases, plan)
-        resumes = resumed(outcomes, plan)
+        outcomes = timed(cases, plan, max(args.devices))
+        resumes = resumed(outcomes, plan, max(args.devices))
     report = page(plan, outcomes, resumes)
     print(report)
     if args.out:

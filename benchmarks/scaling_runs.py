@@ -131,13 +131,20 @@ class Outcome(NamedTuple):
         return 1 / statistics.median(self.seconds)
 
 
-def run(case: Case, plan: Plan, *, source: Case | None = None) -> Outcome:
-    """Run a case from the beginning, or from the checkpoint of another's run."""
+def run(case: Case, plan: Plan, *, source: Case | None = None, device: int = 0) -> Outcome:
+    """Run a case from the beginning, or from the checkpoint of another's run.
+
+    Args:
+        case: what to run.
+        plan: how long, and where.
+        source: whose checkpoint it takes up.
+        device: number of the CUDA device that a case of one takes.
+    """
     name = case.name if source is None else f"{source.name}_to_{case.name}"
     folder = plan.folder / name
     folder.mkdir()
     overlay = folder / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump(_settings(case, plan, folder)), encoding="utf-8")
+    overlay.write_text(yaml.safe_dump(_settings(case, plan, folder, device)), encoding="utf-8")
     command = [sys.executable, "-m", "lightning_modules.cli", "fit"]
     for config in (JOBS[case.module].configs[plan.accelerator], str(overlay)):
         command += ["--config", config]
@@ -179,7 +186,7 @@ def largest_difference(losses: dict[int, float], reference: dict[int, float]) ->
     return max(abs(loss - reference[step]) / abs(reference[step]) for step, loss in losses.items())
 
 
-def _settings(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
+def _settings(case: Case, plan: Plan, folder: Path, device: int) -> dict[str, Any]:
     job = JOBS[case.module]
     clock = {"folder": str(folder), "block": plan.block, "warm_up": plan.warm_up, "last": plan.saved}
     callbacks: list[dict[str, Any]] = [
@@ -195,7 +202,7 @@ def _settings(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
         "data": {"init_args": {job.batch_key: case.batch(plan.accelerator)}},
         "trainer": {
             "accelerator": plan.accelerator,
-            "devices": case.devices,
+            "devices": [device] if plan.accelerator == "cuda" and case.devices == 1 else case.devices,
             "strategy": _STRATEGIES[case.strategy],
             "max_steps": plan.saved + (plan.more if case.saves else 0),
             "limit_val_batches": 0,

@@ -71,7 +71,7 @@ def test_a_run_that_fails_is_a_row_and_a_status(tmp_path, monkeypatch):
         "failed: status 2: no such device",
     ]
     assert case_row(spread, TWO, failed, "cpu")[5:] == ["4.00", "2.50 to 4.00", "", "2", ""]
-    monkeypatch.setattr(scaling, "run", lambda case, plan, source=None: failed)
+    monkeypatch.setattr(scaling, "run", lambda case, plan, source=None, device=0: failed)
     out = tmp_path / "page.md"
     monkeypatch.setattr("sys.argv", ["scaling", "--out", str(out)])
     with pytest.raises(SystemExit) as left:

@@ -179,14 +179,9 @@ def _links() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "not known"
     rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines()]
-    count = sum(bool(row) and re.fullmatch(r"GPU\d+", row[0]) is not None for row in rows[1:])
-    found = {
-        cell
-        for row in rows[1:]
-        if row and re.fullmatch(r"GPU\d+", row[0])
-        for cell in row[1 : count + 1]
-        if cell != "X"
-    }
+    # a device is X to itself, which the heading is to nothing
+    links = [row[1:] for row in rows if "X" in row and re.fullmatch(r"GPU\d+", row[0])]
+    found = {cell for row in links for cell in row[: len(links)] if cell != "X"}
     return ", ".join(sorted(found)) or "none"
 
 

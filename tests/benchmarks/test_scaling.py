@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,30 @@ def test_a_run_that_fails_is_a_row_and_a_status(tmp_path, monkeypatch):
     text = out.read_text()
     assert text.count("failed: status 2: no such device") == 8
     assert text.count("failed: there is no checkpoint to take up") == 6
+
+
+def test_runs_of_one_gpu_are_side_by_side_and_all_others_one_by_one(monkeypatch):
+    asked = []
+
+    def note(case, plan, *, source=None, device=0):
+        asked.append((case.strategy, case.devices, device))
+        return ONE
+
+    monkeypatch.setattr(scaling, "run", note)
+    cases = cases_of(MODULE, ["fsdp"], [1, 2], "cuda")
+    assert list(scaling.timed(cases, PLAN._replace(accelerator="cuda"), 2)) == cases
+    assert set(asked[:2]) == {(SINGLE, 1, 0), (UNCAPTURED, 1, 1)}
+    assert asked[2:] == [("fsdp", 2, 0)] * 2
+
+
+def test_links_are_named_as_nvidia_smi_names_them(monkeypatch):
+    said = (
+        "\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m\nGPU0\t X \tNV18\tPXB\t0-47\n"
+        "GPU1\tNV18\t X \tSYS\t0-47\nNIC0\tPXB\tSYS\t X \n\nLegend:\n\n  X    = Self\n"
+    )
+    answer = SimpleNamespace(stdout=said)
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *args, **options: answer)
+    assert scaling._links() == "NV18"
 
 
 def test_what_a_process_said_last_is_why_it_failed(tmp_path):

@@ -138,7 +138,13 @@ def break_gradients(batches: tuple[int, ...]) -> None:
 
 
 class OwnParts(Callback):
-    """Says at the end of training how much of the parameters and of the moments a process holds."""
+    """Says before the batch behind step 3 and at the end what of parameters and moments a process holds."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 3:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         moments = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]

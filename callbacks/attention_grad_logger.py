@@ -35,6 +35,8 @@ class AttentionGradLogger(Callback):
             projection matches no trainable parameter when a fit starts.
     """
 
+    needs_whole_parameters = True
+
     def __init__(
         self,
         every_n_steps: int = 50,

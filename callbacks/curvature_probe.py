@@ -46,6 +46,8 @@ class CurvatureProbe(Callback):
             classifier or the data module no tasks to draw.
     """
 
+    needs_whole_parameters = True
+
     def __init__(self, every_n_steps: int = 100, tasks: int = 4, seed: int = 0) -> None:
         if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
             raise ValueError(f"tasks must be a positive integer, got {tasks!r}")

@@ -78,6 +78,8 @@ class InterferenceHeatmap(Callback):
             the data no two tasks.
     """
 
+    needs_whole_parameters = True
+
     def __init__(
         self,
         every_n_steps: int | None = None,

@@ -18,6 +18,7 @@ from callbacks.loop_state import log_values, logging_step
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.niah_figures import draw_capacity, draw_heat_map
 from callbacks.niah_result import NIAHResult
+from callbacks.sharded_parameters import whole_parameters
 from theria.memory.needle import CAPACITY_PAIRS, Haystack, draw_haystack, memory_branches, probe_memories
 from theria.models.memory_lm import MemoryLM
 from theria.models.needle_prompts import Prompts, attention_reach, make_prompts, needle_spec, probe_prompts
@@ -149,18 +150,9 @@ class NIAHProbe(Callback):
         last_step, self._last_step = self._last_step, trainer.global_step
         # a rollback makes the step smaller, which passes nothing
         due = self._last_step // self.every_n_steps > last_step // self.every_n_steps
-        if not due or not trainer.is_global_zero:
-            return
-        # in the precision of the training steps
-        with trainer.precision_plugin.forward_context():
-            found = self.probe(self._last_step)
-        self.last = found
-        if self._keeps_fields:
-            self._fields[found.step] = found.fields()
-        log_values(trainer, found.scalars(), logging_step(trainer))
-        self._draw(trainer, found)
-        for failure in found.failures(self.threshold):
-            rank_zero_warn(f"{type(self).__name__}: at step {found.step} {failure}")
+        if due:
+            with whole_parameters(pl_module):
+                self._probe_and_log(trainer)
 
     def step_fields(self, step: int) -> dict[str, float]:
         """The figures of a step that was probed, for its record."""
@@ -179,6 +171,20 @@ class NIAHProbe(Callback):
             prompts = probe_prompts(self._model, self._asked) if self._asked else None
         memory = capacity[self.capacity.index(self.pairs)]
         return NIAHResult(step, memory, capacity, prompts, time.perf_counter() - started)
+
+    def _probe_and_log(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        # in the precision of the training steps
+        with trainer.precision_plugin.forward_context():
+            found = self.probe(self._last_step)
+        self.last = found
+        if self._keeps_fields:
+            self._fields[found.step] = found.fields()
+        log_values(trainer, found.scalars(), logging_step(trainer))
+        self._draw(trainer, found)
+        for failure in found.failures(self.threshold):
+            rank_zero_warn(f"{type(self).__name__}: at step {found.step} {failure}")
 
     def _make_prompts(self, trainer: Trainer) -> list[Prompts]:
         data: Any = getattr(trainer, "datamodule", None)

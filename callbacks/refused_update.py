@@ -3,17 +3,29 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from callbacks.sharded_parameters import own_part
 
 
 def largest_gradient(optimizer: Optimizer) -> Tensor | None:
-    """The largest absolute entry of all gradients; NaN where one is NaN, None without gradients."""
+    """The largest absolute entry of all gradients; NaN where one is NaN, None without gradients.
+
+    Of gradients divided over ranks it is that of all ranks, each of which has to ask.
+    """
     gradients = [gradient for p in _with_gradient(optimizer) if (gradient := p.grad) is not None]
     if not gradients:
         return None
+    parts = [part for gradient in gradients if (part := own_part(gradient)).numel()]
     # what torch.nn.utils.get_total_norm does for gradients on one device, in three quarters of its time
-    return torch.stack(torch._foreach_norm(gradients, torch.inf)).max()
+    largest = torch.stack(torch._foreach_norm(parts, torch.inf)).max()
+    if not isinstance(gradients[0], DTensor):
+        return largest
+    of_ranks = [torch.empty_like(largest) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(of_ranks, largest)  # unlike a maximum by the communication library, NaN stays NaN
+    return torch.stack(of_ranks).max()
 
 
 class UpdateGuard:
@@ -47,11 +59,15 @@ class UpdateGuard:
     def refuse_on_device_if(self, refused: Tensor) -> None:
         """As ``refuse_if``, without reading the flag."""
         self._refused = refused
-        takes_flag = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        takes_flag = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW) and not any(
+            isinstance(parameter, DTensor) for parameter in _with_gradient(self.optimizer)
+        )
         if takes_flag and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = refused.to(torch.float32)  # type: ignore[attr-defined]
         else:
-            self._before = {tensor: tensor.detach().clone() for tensor in self._tensors(refused.device)}
+            self._before = {
+                tensor: own_part(tensor.detach()).clone() for tensor in self._tensors(refused.device)
+            }
 
     def release(self) -> None:
         """Stop guarding."""
@@ -68,8 +84,8 @@ class UpdateGuard:
         with torch.no_grad():
             for tensor in self._tensors(refused.device):
                 # what the step has made itself started from zeros
-                old = before.get(tensor)
-                torch.where(refused, torch.zeros_like(tensor) if old is None else old, tensor, out=tensor)
+                old, part = before.get(tensor), own_part(tensor)
+                torch.where(refused, torch.zeros_like(part) if old is None else old, part, out=part)
 
     def _tensors(self, device: torch.device) -> list[Tensor]:
         """The parameters that have a gradient, and what the optimiser keeps of them on this device."""

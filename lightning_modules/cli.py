@@ -20,6 +20,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -30,6 +31,7 @@ from callbacks import ConfiguredOptimizerValues, UnhealthyGatesError, UnhealthyT
 from lightning_modules.atomic_file import atomic_file
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.cli_errors import OneLineParser, fail, is_about_settings, is_about_the_disk
+from lightning_modules.fully_sharded import FullyShardedStrategy
 from lightning_modules.loggers import RunLogger
 from lightning_modules.run_directory import (
     CONFIG_NAME,
@@ -252,6 +254,17 @@ def _check_settings(model: LightningModule, trainer: Trainer) -> None:
     """Refuse what Lightning would stumble over only while it runs, or not at all."""
     if getattr(trainer, "val_check_interval", None) == 0:
         fail("trainer.val_check_interval must not be 0; for no validation set trainer.limit_val_batches to 0")
+    strategy = trainer.strategy
+    if isinstance(strategy, FullyShardedStrategy):
+        try:
+            strategy.check(model, trainer.callbacks)  # type: ignore[attr-defined]  # set outside of its body
+        except MisconfigurationException as error:
+            fail(str(error))
+    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        fail(
+            f"trainer.strategy is Lightning's {type(strategy).__name__}, whose checkpoints no run here goes "
+            "on from: take fully_sharded, as configs/trainer/fsdp.yaml does, or ddp"
+        )
     if model.automatic_optimization:
         return
     for name, is_set in (
@@ -295,13 +308,15 @@ def _check_shapes(model: LightningModule, restart: Restart) -> None:
 
 
 def _silence_third_parties() -> None:
-    # An advertisement, a deprecation inside Lightning that its user can do nothing about, and a remark on how
-    # the model summary counts the bytes of a precision that it does not know.
+    # An advertisement, a deprecation inside Lightning that its user can do nothing about, a remark on how the
+    # model summary counts the bytes of a precision that it does not know, and one on what would happen if the
+    # states that blocks return were changed in place, which nothing does.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 @rank_zero_only

@@ -1,6 +1,7 @@
 """Training of the memory language model: text, associative recall, and gates that decide."""
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from callbacks.loop_state import log_values, logging_step
+from callbacks.sharded_parameters import whole_parameters, whole_tensor
 from datamodules.packing import TextBatch
+from lightning_modules.fully_sharded import FullyShardedStrategy, divide
 from lightning_modules.host_memory import keep_freed_memory
 from lightning_modules.optimisation import decay_groups
 from lightning_modules.step_log import row_to_log
@@ -168,6 +171,7 @@ class MemoryLM(LightningModule):
         self._learning_rate = 0.0
         self._finished_steps = 0
         self._sums: dict[str, EvaluationSums] = {}
+        self._evaluation = ExitStack()
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the decay groups, and its scheduler where one is configured."""
@@ -180,6 +184,11 @@ class MemoryLM(LightningModule):
                 "ReduceLROnPlateau waits for a metric, but the scheduler steps once a step without one"
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        """Under `FullyShardedStrategy`, divide the model over the processes, block by block."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            divide(self.model, list(self.model.blocks), self.trainer.strategy.data_mesh)
 
     def on_fit_start(self) -> None:
         """Prepare what depends on the device and the number of ranks."""
@@ -214,6 +223,8 @@ class MemoryLM(LightningModule):
         assert self._training_forward is not None
         logits, all_gates = self._training_forward(batch.tokens, batch.segment_ids)
         sums = batch_sums(logits, batch)
+        if self.trainer.world_size > 1:
+            sums = sums.over_ranks()
         loss = sums.lm_loss + self.recall_weight * sums.mean_recall_loss
         values = {
             "loss": loss,
@@ -248,7 +259,7 @@ class MemoryLM(LightningModule):
         """Note the gradient's norm before it is clipped, and the rate before the scheduler moves it."""
         self._learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        self._gradient_norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
 
     def on_train_batch_end(self, outputs: Any, batch: TextBatch, batch_idx: int) -> None:
         """Where an optimiser step ended: count it, keep its row, and log where the trainer logs."""
@@ -270,15 +281,20 @@ class MemoryLM(LightningModule):
     def on_validation_start(self) -> None:
         """New sums for every loader; the clock of training stands still."""
         self._throughput.pause()
-        self._start_sums(self._loader_names("val_names"))
+        self._start_evaluation("val_names")
 
     def on_validation_end(self) -> None:
         """Go on with the clock of training."""
+        self._evaluation.close()
         self._throughput.resume()
 
     def on_test_start(self) -> None:
         """New sums for every loader."""
-        self._start_sums(self._loader_names("test_names"))
+        self._start_evaluation("test_names")
+
+    def on_test_end(self) -> None:
+        """Divide again what evaluation had whole."""
+        self._evaluation.close()
 
     def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its loader's sums, recall also with the memory off; write a sample of text."""
@@ -343,8 +359,11 @@ class MemoryLM(LightningModule):
             )
         return tuple(names)
 
-    def _start_sums(self, names: tuple[str, ...]) -> None:
+    def _start_evaluation(self, loaders: str) -> None:
+        names = self._loader_names(loaders)
         self._sums = {name: EvaluationSums(self.reach, self.device) for name in names}
+        # ranks may have different numbers of batches, and samples are rank zero's
+        self._evaluation.enter_context(whole_parameters(self.model))
 
     def _log_figures(self, stage: str) -> None:
         """Each loader's figures by its name, and those of all text together without one."""

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from datamodules.packing import IGNORED, TextBatch
@@ -42,6 +42,22 @@ class BatchSums(NamedTuple):
     def mean_recall_loss(self) -> Tensor:
         """Nats an answer; 0 where there is none."""
         return self.recall_loss / self.recall_labels.clamp_min(1)
+
+    def over_ranks(self) -> "BatchSums":
+        """The same over the batches of all W ranks, differentiating as W times this rank's own.
+
+        Ranks have different numbers of labels. With these sums every rank has the loss over all labels, and
+        the mean over ranks of its gradients, which their engine takes, is its gradient.
+        """
+        total = torch.stack([value.detach().double() for value in self])
+        distributed.all_reduce(total)
+        ranks = distributed.get_world_size()
+        return BatchSums(
+            *(
+                value.to(own.dtype) + (ranks * (own - own.detach()) if own.requires_grad else 0)
+                for own, value in zip(self, total, strict=True)
+            )
+        )
 
 
 def batch_sums(logits: Tensor, batch: TextBatch) -> BatchSums:

@@ -33,7 +33,8 @@ class TrainingForward:
     ) -> None:
         self._model = model
         self._forward: Callable[..., MemoryLMOutput] = (
-            torch.compile(model.forward) if compiled else model.forward
+            # called as a module, which gathers what a strategy has divided
+            torch.compile(model.forward) if compiled else model
         )
         self._cuda_graph, self._strategy = cuda_graph, strategy
         self._captured: CapturedTraining | None = None

@@ -296,7 +296,7 @@ def test_it_is_due_where_steps_pass_a_multiple_and_not_where_a_rollback_goes_bac
         runner = stub(step, **options)
         runner.precision_plugin = plugin
         with contextlib.suppress(InterruptedError):
-            probe.on_train_batch_end(runner, None, None, None, 0)
+            probe.on_train_batch_end(runner, torch.nn.Identity(), None, None, 0)
 
     probe.on_train_start(stub(8), None)
     for step in (8, 9, 10, 10, 11, 25, 12, 13, 19, 20, 20):

@@ -60,7 +60,7 @@ STRUCTURE = {"model", "data", "trainer", "class_path", "init_args", "logger", "c
 
 
 def arguments(path: Path) -> list[str]:
-    files = [path] if path in JOBS else [MAIN, path]
+    files = [path] if path in JOBS else [MEMORY if path.stem == "fsdp" else MAIN, path]
     return ["fit", *(part for file in files for part in ("--config", str(file)))]
 
 
@@ -79,7 +79,7 @@ def _working_directory(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPa
 
 def test_all_are_found() -> None:
     assert set(CLASSES) == set(JOBS)
-    assert {path.stem for path in OVERLAYS} >= {"cpu", "gpu", "ddp", "debug"}
+    assert {path.stem for path in OVERLAYS} >= {"cpu", "gpu", "ddp", "fsdp", "debug"}
     assert {*JOBS, *OVERLAYS} == set(CONFIGS.rglob("*.yaml"))
 
 
@@ -97,7 +97,7 @@ def test_it_parses_to_what_it_says(path: Path, capsys: pytest.CaptureFixture[str
             assert printed["trainer"][name] == value
 
 
-IN_THIS_PROCESS = [path for path in (*JOBS, *OVERLAYS) if path.stem != "ddp"]
+IN_THIS_PROCESS = [path for path in (*JOBS, *OVERLAYS) if path.stem not in ("ddp", "fsdp")]
 
 
 @pytest.mark.parametrize("path", IN_THIS_PROCESS, ids=lambda path: path.stem)
@@ -113,9 +113,11 @@ def test_it_runs(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_run() -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_run(engine: str) -> None:
     """The launcher repeats the command line for the second process, so it must be a real one."""
-    command = [sys.executable, "-m", "lightning_modules.cli", *arguments(CONFIGS / "trainer" / "ddp.yaml")]
+    overlay = CONFIGS / "trainer" / f"{engine}.yaml"
+    command = [sys.executable, "-m", "lightning_modules.cli", *arguments(overlay)]
     small = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *small], env=environment, capture_output=True, text=True, timeout=120)

@@ -51,6 +51,7 @@ RUN_BY = {
     "python -m experiments.training_gates chunk-sizes": (
         "experiments/training_gates/test_chunk_sizes.py::test_the_page_names_set_and_default"
     ),
+    "python -m benchmarks.scaling": "it takes minutes; benchmarks/test_scaling.py tests its parts",
     "python -m benchmarks.memory": "it takes minutes; benchmarks/test_memory.py tests its parts",
     "python -m theria.curvature": (
         "curvature/test_main.py::test_the_module_runs_from_anywhere_and_finds_what_stands_there"

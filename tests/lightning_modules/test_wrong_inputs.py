@@ -157,6 +157,36 @@ CASES = [
     ),
     (
         "incompatible options",
+        "meta",
+        ["--trainer.strategy", "fully_sharded"],
+        "MetaSeqClassifier cannot be divided by FullyShardedStrategy: set trainer.strategy to ddp",
+    ),
+    (
+        "incompatible options",
+        "text",
+        ["--trainer.strategy", "fully_sharded", "--trainer.callbacks+=InterferenceHeatmap"],
+        "InterferenceHeatmap reads whole parameters.*leave the callback out, or set trainer.strategy to ddp",
+    ),
+    (
+        "incompatible options",
+        "text",
+        ["--trainer.strategy", "fully_sharded", "--trainer.callbacks+=AttentionGradLogger"],
+        "AttentionGradLogger reads whole parameters.*leave the callback out, or set trainer.strategy to ddp",
+    ),
+    (
+        "incompatible options",
+        "text",
+        ["--trainer.strategy", "fully_sharded", "--model.init_args.compile", "true"],
+        "compile.*set model.compile to false, or trainer.strategy to ddp",
+    ),
+    (
+        "incompatible options",
+        "text",
+        ["--trainer.strategy.class_path", "lightning.pytorch.strategies.ModelParallelStrategy"],
+        "Lightning's ModelParallelStrategy.*take fully_sharded.*or ddp",
+    ),
+    (
+        "incompatible options",
         "text",
         ["--model.init_args.vocab_size", "100"],
         "vocab_size is 100, but tokenizer 'byte' makes 449",

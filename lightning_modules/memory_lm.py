@@ -9,6 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -260,6 +262,26 @@ class MemoryLM(LightningModule):
         self._learning_rate = float(optimizer.param_groups[0]["lr"])
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self._gradient_norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips, but fused optimisers in bfloat16 as well.
+
+        Lightning refuses those in any mixed precision, for the sake of gradient scalers; bfloat16 has none.
+        """
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if gradient_clip_val and fused and scaler is None:
+            clip = gradient_clip_algorithm or "norm"
+            Precision.clip_gradients(
+                self.trainer.precision_plugin, optimizer, gradient_clip_val, GradClipAlgorithmType(clip)
+            )
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: TextBatch, batch_idx: int) -> None:
         """Where an optimiser step ended: count it, keep its row, and log where the trainer logs."""

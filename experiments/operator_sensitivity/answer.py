@@ -64,7 +64,7 @@ def _broken(good: Mapping[str, pd.DataFrame]) -> Lines:
         for steps, own in full.groupby("inner_steps"):
             parts = [f"{said_of}: {', '.join(each['variant'])}" for said_of, each in own.groupby("statement")]
             said.append(
-                f"- **{tag}**, attention that loses curvature, FULL at k = {steps}: {'; '.join(parts)}."
+                f"- **{tag}**, attention of broken curvature, FULL at k = {steps}: {'; '.join(parts)}."
             )
         found = correlation(pairs(rows), "attn_second_order_path")
         if not math.isnan(found.low):

@@ -131,7 +131,7 @@ def _read(
     torch.manual_seed(0)
     persistent = PersistentMemory(HEADS, q.shape[-1]).to(q)
     with _precision(q, half):
-        projected, _ = QKProjection(persistent, chunk_size=chunk_size, kernel=kernel)(q, k)
+        projected, _ = QKProjection(persistent, chunk_size=chunk_size, kernel=kernel).to(q)(q, k)
         read, _ = AssociativeMemory("delta", chunk_size=chunk_size, kernel=kernel)(projected, k, v, beta=beta)
     return read
 

@@ -297,6 +297,15 @@ def test_impossible_settings_are_refused_before_any_training(change, message):
         module(**change)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_in_bfloat16_also_for_fused_optimisers(corpus, fused):
+    fitted = module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0, fused=fused))
+    before = torch.cat([p.detach().flatten() for p in fitted.model.parameters()])
+    trainer(gradient_clip_val=0.01, precision="bf16-mixed", max_steps=1).fit(fitted, datamodule=data(corpus))
+    after = torch.cat([p.detach().flatten() for p in fitted.model.parameters()])
+    assert (after - before).norm() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_vocabulary_that_does_not_match_the_data_is_refused(corpus):
     with pytest.raises(ValueError, match="vocab_size is 300"):
         trainer().fit(module(vocab_size=300), datamodule=data(corpus))

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from callbacks import loop_state
+from callbacks.charts import Chart, Lines, first_row
 from callbacks.cool_down import CoolDown
 from callbacks.intervals import checked_interval
 from callbacks.judged_steps import JudgedSteps, log_between_batches
@@ -44,7 +45,8 @@ class PPLDeltaRollback(Callback):
     ``ResumableCheckpoint`` too. That of step 0 is a target from the start. All of it survives a kill.
 
     Adds perplexity, ppl_delta, is_spike (1 above the threshold) and rollback_count to the records of
-    ``MetricsJSONL``, which stands after it. Loggers get ``rollback/ppl_delta``, ``rollback/z_score`` and
+    ``MetricsJSONL``, which stands after it. Loggers get ``rollback/ppl_delta``, ``rollback/z_score``,
+    ``rollback/spike`` (the largest ppl_delta of the spikes since the last row, 0 for none) and
     ``rollback/count``, and at a rollback the step it is from and to.
 
     On CUDA nothing waits for the device at any step: numbers are read, and acted upon, one step later. With
@@ -141,6 +143,7 @@ class PPLDeltaRollback(Callback):
             "health": self._health.state_dict(),
             "ring": self._ring.state_dict(),
             "rollbacks": self.rollbacks,
+            "spike": self._judged.spike,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,6 +151,16 @@ class PPLDeltaRollback(Callback):
         self._health.load_state_dict(state_dict["health"])
         self._ring.load_state_dict(state_dict["ring"])
         self.rollbacks = state_dict["rollbacks"]
+        self._judged.spike = state_dict["spike"]
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """Delta, with spikes and rollbacks to see."""
+        first, category = first_row(trainer), "Health"
+        marked = tuple(f"rollback/{name}" for name in ("ppl_delta", "spike", "count"))
+        return [
+            Lines(category, "Perplexity delta, spikes, and rollbacks so far", marked, first),
+            Lines(category, "Robust z-score", ("rollback/z_score",), first),
+        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the directory; every rank asks, since the trainer shares the answer."""
@@ -248,7 +261,8 @@ class PPLDeltaRollback(Callback):
             return
         self.rollbacks += 1
         self.history.append(Rollback(fault, self._watch.step, target))
-        values = {"count": self.rollbacks, "from_step": fault.first_step, "to_step": target}
+        values = {"spike": self._judged.take_spike(), "count": self.rollbacks}
+        values |= {"from_step": fault.first_step, "to_step": target}
         log_between_batches(trainer, values)
         self._roll_back(trainer, target)
         skipped = "none is skipped"

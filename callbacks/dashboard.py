@@ -1,6 +1,7 @@
 """TensorBoard as people want to find it: a page of charts, and runs to compare by what matters."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,12 +48,12 @@ class Dashboard(Callback):
 def charts_of(trainer: Trainer, pl_module: LightningModule) -> list[Chart]:
     """What the module and the callbacks tell, of what comes within the training."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its body
-    last = float("inf") if trainer.max_steps == -1 else trainer.max_steps
+    last = sys.float_info.max if trainer.max_steps == -1 else trainer.max_steps
     told = [part.charts(trainer) for part in (pl_module, *callbacks) if isinstance(part, HasCharts)]
     return [chart for charts in told for chart in charts if chart.first_step <= last]
 
 
-def hyper_parameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool | float | str]:
+def hyper_parameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, float | str]:
     """What runs differ by, flat."""
     data: Any = getattr(trainer, "datamodule", None)
     found = dict(_flat(pl_module.hparams))
@@ -69,9 +70,11 @@ def hyper_parameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, 
     return found
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
         elif not name.startswith("_"):  # how Lightning makes the object again
-            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
+            # torch would write a truth value as a number
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + name, value if is_number else str(value)

@@ -156,11 +156,14 @@ class PPLDeltaRollback(Callback):
     def charts(self, trainer: Trainer) -> list[Chart]:
         """Delta, with spikes and rollbacks to see."""
         first, category = first_row(trainer), "Health"
-        marked = tuple(f"rollback/{name}" for name in ("ppl_delta", "spike", "count"))
-        return [
-            Lines(category, "Perplexity delta, spikes, and rollbacks so far", marked, first),
-            Lines(category, "Robust z-score", ("rollback/z_score",), first),
-        ]
+        # each by itself: TensorBoard draws the lines of a run in one colour
+        titles = {
+            "ppl_delta": "Perplexity beside its baseline, (p - b) / b",
+            "spike": "Largest spike since the last point, 0 for none",
+            "count": "Rollbacks so far",
+            "z_score": "Distance from the median, robust z",
+        }
+        return [Lines(category, title, (f"rollback/{name}",), first) for name, title in titles.items()]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the directory; every rank asks, since the trainer shares the answer."""

@@ -73,7 +73,7 @@ def card(trainer: Trainer, pl_module: LightningModule, backends: set[str]) -> st
         "attention": attention if asked is None else f"{attention} (configured: {asked})",
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return f"| what | is |\n| --- | --- |\n{table}\n```yaml\n{_configuration(trainer, pl_module)}```\n"
+    return f"| run | |\n| --- | --- |\n{table}\n```yaml\n{_configuration(trainer, pl_module)}```\n"
 
 
 def commit_of(directory: Path) -> str:

@@ -2,9 +2,9 @@
 
     python docs/screenshots.py --logdir runs/pictures --out docs/pictures
 
-The runs are those of the shipped configurations; the memory language model is probed more often, and given two
-batches of wrong labels, so that there is a rollback to see. A run that is in the log directory already is not
-trained again. It needs `pip install -e '.[screenshots]'` and a Chromium or Chrome among the installed programs.
+The runs are those of the shipped configurations; the memory language model is probed more often, and given
+two batches of wrong labels, so that there is a rollback to see. A run that is in the log directory already is
+not trained again. It needs `pip install -e '.[screenshots]'` and an installed Chromium or Chrome.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from PIL import Image
 from tensorboard.program import TensorBoard
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -31,22 +33,26 @@ class Page(NamedTuple):
         run: in the log directory.
         plugin: TensorBoard's name of the page.
         awaited: what has to be there, as a CSS selector.
-        size: of the window, in pixels.
+        height: of the window, in pixels.
+        category: number of the category to scroll to.
     """
 
     name: str
     run: str
     plugin: str
     awaited: str
-    size: tuple[int, int]
+    height: int
+    category: int = 0
 
 
-CHART = "tf-custom-scalar-dashboard vz-line-chart2 svg .plot"
+LINE = "tf-custom-scalar-dashboard vz-line-chart2 .line-plot:not(.ghost) path.line"
 PAGES = (
-    Page("meta_seqcls", "meta_seqcls", "custom_scalars", CHART, (1280, 980)),
-    Page("memory_lm", "memory_lm", "custom_scalars", CHART, (1280, 980)),
-    Page("run_card", "meta_seqcls", "text", "tf-text-dashboard table", (1280, 720)),
+    Page("meta_seqcls", "meta_seqcls", "custom_scalars", LINE, 1420),
+    Page("memory_lm", "memory_lm", "custom_scalars", LINE, 1420),
+    Page("memory_lm_health", "memory_lm", "custom_scalars", LINE, 1400, category=3),
+    Page("run_card", "meta_seqcls", "text", "tf-text-dashboard table", 640),
 )
+WIDTH, COLOURS = 1600, 128
 
 
 def memory_config() -> dict[str, Any]:
@@ -77,7 +83,8 @@ def train(logdir: Path) -> None:
 def served(logdir: Path) -> Iterator[str]:
     """TensorBoard in this process, until it ends; its address."""
     program = TensorBoard()
-    program.configure(argv=[None, "--logdir", str(logdir), "--port", "0", "--load_fast=false"])
+    loaded = ["--load_fast=false", "--reload_task=blocking", "--reload_interval=0"]
+    program.configure(argv=[None, "--logdir", str(logdir), "--port", "0", *loaded])
     yield program.launch()
 
 
@@ -102,15 +109,24 @@ def browser() -> Iterator[Any]:
             opened.close()
 
 
-def photograph(opened: Any, address: str, page: Page, picture: Path) -> None:
-    """Open a page, wait until it shows what it should, and save what the window shows."""
-    tab = opened.new_page(viewport={"width": page.size[0], "height": page.size[1]})
-    tab.goto(f"{address}#{page.plugin}")
+def photograph(opened: Any, address: str, page: Page, picture: Path) -> tuple[list[str], int]:
+    """Open a page, wait until it shows what it should, and save what the window shows.
+
+    Returns:
+        The titles of the cards on the page, and how many lines its charts have drawn.
+    """
+    tab = opened.new_page(viewport={"width": WIDTH, "height": page.height})
+    tab.goto(f"{address}#{page.plugin}&_smoothingWeight=0")
     tab.locator(page.awaited).first.wait_for(state="attached", timeout=60_000)
     tab.wait_for_load_state("networkidle")
+    tab.locator("tf-category-paginated-view").nth(page.category).evaluate("it => it.scrollIntoView()")
     tab.wait_for_timeout(1500)  # lines are drawn in an animation
-    tab.screenshot(path=picture)
+    with Image.open(BytesIO(tab.screenshot())) as image:
+        image.quantize(COLOURS).save(picture, optimize=True)
+    titles = tab.locator("tf-card-heading").evaluate_all("cards => cards.map(card => card.displayName)")
+    lines = tab.locator(LINE).evaluate_all("lines => lines.filter(line => line.getAttribute('d')).length")
     tab.close()
+    return titles, lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

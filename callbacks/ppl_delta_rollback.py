@@ -189,6 +189,7 @@ class PPLDeltaRollback(Callback):
                 f"datamodules.loader.ResumableLoader; {type(loader).__name__} cannot"
             )
         self._loader = loader
+        self._judged.every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         self._checkpoints.forget_missing(trainer)
         self._watch.attach(trainer, _lag_on(pl_module.device))
         self._lower_rates.attach(trainer.optimizers)
@@ -264,8 +265,9 @@ class PPLDeltaRollback(Callback):
             return
         self.rollbacks += 1
         self.history.append(Rollback(fault, self._watch.step, target))
-        values = {"spike": self._judged.take_spike(), "count": self.rollbacks}
+        values = {"spike": self._judged.spike, "count": self.rollbacks}
         values |= {"from_step": fault.first_step, "to_step": target}
+        self._judged.spike = 0.0
         log_between_batches(trainer, values)
         self._roll_back(trainer, target)
         skipped = "none is skipped"

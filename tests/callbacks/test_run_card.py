@@ -117,6 +117,7 @@ def test_the_commit_is_marked_where_sources_differ(tmp_path: Path) -> None:
     (source / "code.py").write_text("1")
     assert run_card.commit_of(source) == "unknown"
     git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "empty", "--allow-empty")
     # inside somebody's repository, which does not track it
     assert run_card.commit_of(source) == "unknown"
     git(tmp_path, "add", ".")

@@ -664,6 +664,18 @@ def test_loggers_see_spikes_and_rollbacks(tmp_path: Path) -> None:
     assert told[went_back + 1][1] < 10
 
 
+def test_a_spike_that_was_told_at_a_rollback_is_not_told_again(tmp_path: Path) -> None:
+    """Also where training goes back to a place between two rows."""
+    logger = RunCSVLogger(str(tmp_path))
+    train(tmp_path, Automatic(spiking(44, 45)), healer(), logger=logger, log_every_n_steps=4)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["rollback/spike"]]
+    went_back = next(number for number, row in enumerate(rows) if row["rollback/to_step"])
+    assert float(rows[went_back]["rollback/spike"]) > 10
+    assert rows[went_back + 1]["step"] == "31"
+    assert float(rows[went_back + 1]["rollback/spike"]) < 1
+
+
 def test_later_checkpoints_are_dropped_and_the_target_is_saved_as_it_is_now(tmp_path: Path) -> None:
     callback, saver = healer(), ResumableCheckpoint(every_n_steps=4, keep_last=9)
     seen: list[set[str]] = []

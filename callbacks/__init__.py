@@ -3,7 +3,9 @@
 from callbacks.attention_grad_logger import AttentionGradLogger
 from callbacks.cuda_memory_stats import CUDAMemoryStats
 from callbacks.curvature_probe import CurvatureProbe
+from callbacks.dashboard import Dashboard
 from callbacks.gate_monitor import GateMonitor, UnhealthyGatesError
+from callbacks.inner_step_curves import InnerStepCurves
 from callbacks.interference_heatmap import InterferenceHeatmap
 from callbacks.metrics_jsonl import MetricsJSONL
 from callbacks.metrics_reader import read_metrics
@@ -13,6 +15,7 @@ from callbacks.ppl_delta_rollback import PPLDeltaRollback
 from callbacks.progress import StepProgressBar
 from callbacks.resumable_checkpoint import ResumableCheckpoint
 from callbacks.rng_state import RNGState
+from callbacks.run_card import RunCard
 from callbacks.unhealthy_training import UnhealthyTrainingError
 
 __all__ = [
@@ -20,13 +23,16 @@ __all__ = [
     "CUDAMemoryStats",
     "ConfiguredOptimizerValues",
     "CurvatureProbe",
+    "Dashboard",
     "GateMonitor",
+    "InnerStepCurves",
     "InterferenceHeatmap",
     "MetricsJSONL",
     "NIAHProbe",
     "PPLDeltaRollback",
     "RNGState",
     "ResumableCheckpoint",
+    "RunCard",
     "StepProgressBar",
     "UnhealthyGatesError",
     "UnhealthyTrainingError",

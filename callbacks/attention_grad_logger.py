@@ -1,5 +1,6 @@
 """Norms and histograms of the gradients that reach the attention projections."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from callbacks.charts import Chart, Lines
 from callbacks.intervals import checked_interval
 from callbacks.loop_state import log_values, logging_step
 
@@ -49,6 +51,11 @@ class AttentionGradLogger(Callback):
         self.histograms = histograms
         self.projections = tuple(projections)
         self._warned: set[str] = set()
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """The norms together."""
+        tags = tuple(f"grad/{re.escape(projection)}" for projection in self.projections)
+        return [Lines("Gradients and curvature", "Attention gradient norms", tags, self.every_n_steps)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every projection exists, and that histograms have somewhere to go."""

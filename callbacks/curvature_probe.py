@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from callbacks.charts import Chart, Lines
 from callbacks.intervals import checked_interval
 from callbacks.loop_state import log_values, logging_step
 from theria.curvature import SecondOrderSignal, second_order_signal
@@ -59,6 +60,15 @@ class CurvatureProbe(Callback):
         self._seconds = 0.0
         self._ended = False
         self._warned = False
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """The part of the meta-gradient that second order makes, and the attention's curvature."""
+        category, first = "Gradients and curvature", self.every_n_steps
+        difference = ("curvature/rel_diff", "curvature/attn_rel_diff")
+        return [
+            Lines(category, "|FULL - FO| / |FULL|, all and attention alone", difference, first),
+            Lines(category, "Attention curvature, 1 where it is whole", ("curvature/attn_magnitude",), first),
+        ]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to measure, before anything is trained."""

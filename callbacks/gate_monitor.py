@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
 
+from callbacks.charts import Chart, Lines
 from callbacks.intervals import checked_interval
 from callbacks.loop_state import log_values, logging_step
 from callbacks.step_readings import StepReadings
@@ -113,10 +114,18 @@ class GateMonitor(Callback):
         self._num_faults = state_dict["faults"]
         self._seen = state_dict["seen"]
 
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """What the checks find, where there are gates to check."""
+        if not _has_gates(trainer.lightning_module):
+            return []
+        first_check = -(-self.check_from // self.every_n_steps) * self.every_n_steps
+        tags = ("gate/faults", "gate/polarized_gain")
+        return [Lines("Gates", "Faults, and more decided gates than at first", tags, first_check)]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for gates."""
         self._seen = trainer.global_step
-        if any(isinstance(part, TokenGate) for part in pl_module.modules()):
+        if _has_gates(pl_module):
             self._running = trainer, pl_module
         else:
             rank_zero_info(f"{type(self).__name__}: {type(pl_module).__name__} has no gates to watch")
@@ -208,3 +217,7 @@ class GateMonitor(Callback):
                 raise UnhealthyGatesError(step, faults)
             if len(faults) > known:
                 rank_zero_warn(str(UnhealthyGatesError(step, faults)))
+
+
+def _has_gates(module: LightningModule) -> bool:
+    return any(isinstance(part, TokenGate) for part in module.modules())

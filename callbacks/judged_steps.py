@@ -13,16 +13,24 @@ class JudgedSteps:
 
     Attributes:
         keeps_fields: whether someone will ask for the fields of every step.
+        every: steps between two rows of the loggers.
+        spike: the largest ppl_delta of the spikes since the last row, 0 for none.
     """
 
     def __init__(self) -> None:
         self.keeps_fields = False
+        self.every = 1
+        self.spike = 0.0
         self._fields: dict[int, dict[str, float]] = {}
         self._newest: tuple[int, Judgement] | None = None
 
     def add(self, step: int, judged: Judgement, rollbacks: int) -> None:
         """Keep a step's judgement, made after so many rollbacks."""
         self._newest = (step, judged)
+        if (step - 1) % self.every == 0:
+            self.spike = 0.0  # the first after a row, whether or not this process wrote that
+        if judged.is_spike:
+            self.spike = max(self.spike, judged.ppl_delta)
         if self.keeps_fields:
             self._fields[step] = {
                 "perplexity": judged.perplexity,
@@ -44,11 +52,11 @@ class JudgedSteps:
 
     def log(self, trainer: Trainer, rollbacks: int) -> None:
         """Give the newest judgement to the loggers, on the steps the trainer logs."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of its class body
-        if self._newest is None or self._newest[0] % (every or 1) != 0:
+        if self._newest is None or self._newest[0] % self.every != 0:
             return
         (_, judged), self._newest = self._newest, None
-        values = {"ppl_delta": judged.ppl_delta, "z_score": judged.z_score, "count": rollbacks}
+        values = {"ppl_delta": judged.ppl_delta, "z_score": judged.z_score, "spike": self.spike}
+        values |= {"count": rollbacks}
         log_between_batches(trainer, values)
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from callbacks.charts import Bands, Chart, Lines, with_interval
 from callbacks.evaluation_mode import evaluation_mode
 from callbacks.intervals import checked_interval
 from callbacks.loop_state import log_values, logging_step
@@ -21,7 +22,14 @@ from callbacks.niah_result import NIAHResult
 from callbacks.sharded_parameters import whole_parameters
 from theria.memory.needle import CAPACITY_PAIRS, Haystack, draw_haystack, memory_branches, probe_memories
 from theria.models.memory_lm import MemoryLM
-from theria.models.needle_prompts import Prompts, attention_reach, make_prompts, needle_spec, probe_prompts
+from theria.models.needle_prompts import (
+    PROMPT_CONTROLS,
+    Prompts,
+    attention_reach,
+    make_prompts,
+    needle_spec,
+    probe_prompts,
+)
 from theria.tasks.recall import RecallSpec
 
 
@@ -153,6 +161,27 @@ class NIAHProbe(Callback):
         if due:
             with whole_parameters(pl_module):
                 self._probe_and_log(trainer)
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """Both levels beside their controls, and accuracy by depth, 1 for the beginning of the prompt."""
+        category = "Needle in a haystack"
+        charts: list[Chart] = []
+        if self.prompts:
+            controls = tuple(f"niah/accuracy_{name}" for name in PROMPT_CONTROLS)
+            charts = [
+                Lines(category, "Accuracy by depth", (r"niah/accuracy_depth_\d+",)),
+                Bands(category, "Accuracy (95%)", (with_interval("niah/accuracy"),)),
+                Lines(
+                    category,
+                    "Memory on, off, and other controls",
+                    ("niah/accuracy", *controls, "niah/chance"),
+                ),
+            ]
+        charts += [
+            Bands(category, "Cosine read back (95%)", (with_interval("niah/cosine"),)),
+            Lines(category, "Cosine read back by pairs written", (r"niah/cosine_at_\d+",)),
+        ]
+        return [dataclasses.replace(chart, first_step=self.every_n_steps) for chart in charts]
 
     def step_fields(self, step: int) -> dict[str, float]:
         """The figures of a step that was probed, for its record."""

@@ -51,6 +51,8 @@ class NIAHResult:
             scalars["accuracy_low"], scalars["accuracy_high"] = accuracy.interval()
             scalars["chance"] = self.prompts.chance
             scalars |= {f"accuracy_{name}": share.value for name, share in self.prompts.controls.items()}
+            depths = enumerate(self.prompts.by_depth, start=1)
+            scalars |= {f"accuracy_depth_{number}": share.value for number, share in depths}
         return {f"niah/{name}": value for name, value in scalars.items()}
 
     def failures(self, threshold: float) -> Iterator[str]:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from callbacks import loop_state
+from callbacks.charts import Chart, Lines, first_row
 from callbacks.cool_down import CoolDown
 from callbacks.intervals import checked_interval
 from callbacks.judged_steps import JudgedSteps, log_between_batches
@@ -44,7 +45,8 @@ class PPLDeltaRollback(Callback):
     ``ResumableCheckpoint`` too. That of step 0 is a target from the start. All of it survives a kill.
 
     Adds perplexity, ppl_delta, is_spike (1 above the threshold) and rollback_count to the records of
-    ``MetricsJSONL``, which stands after it. Loggers get ``rollback/ppl_delta``, ``rollback/z_score`` and
+    ``MetricsJSONL``, which stands after it. Loggers get ``rollback/ppl_delta``, ``rollback/z_score``,
+    ``rollback/spike`` (the largest ppl_delta of the spikes since the last row, 0 for none) and
     ``rollback/count``, and at a rollback the step it is from and to.
 
     On CUDA nothing waits for the device at any step: numbers are read, and acted upon, one step later. With
@@ -141,6 +143,7 @@ class PPLDeltaRollback(Callback):
             "health": self._health.state_dict(),
             "ring": self._ring.state_dict(),
             "rollbacks": self.rollbacks,
+            "spike": self._judged.spike,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,6 +151,19 @@ class PPLDeltaRollback(Callback):
         self._health.load_state_dict(state_dict["health"])
         self._ring.load_state_dict(state_dict["ring"])
         self.rollbacks = state_dict["rollbacks"]
+        self._judged.spike = state_dict["spike"]
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """Delta, with spikes and rollbacks to see."""
+        first, category = first_row(trainer), "Health"
+        # each by itself: TensorBoard draws the lines of a run in one colour
+        titles = {
+            "ppl_delta": "Perplexity beside its baseline, (p - b) / b",
+            "spike": "Largest spike since the last point, 0 for none",
+            "count": "Rollbacks so far",
+            "z_score": "Distance from the median, robust z",
+        }
+        return [Lines(category, title, (f"rollback/{name}",), first) for name, title in titles.items()]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the directory; every rank asks, since the trainer shares the answer."""
@@ -173,6 +189,7 @@ class PPLDeltaRollback(Callback):
                 f"datamodules.loader.ResumableLoader; {type(loader).__name__} cannot"
             )
         self._loader = loader
+        self._judged.every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         self._checkpoints.forget_missing(trainer)
         self._watch.attach(trainer, _lag_on(pl_module.device))
         self._lower_rates.attach(trainer.optimizers)
@@ -248,7 +265,9 @@ class PPLDeltaRollback(Callback):
             return
         self.rollbacks += 1
         self.history.append(Rollback(fault, self._watch.step, target))
-        values = {"count": self.rollbacks, "from_step": fault.first_step, "to_step": target}
+        values = {"spike": self._judged.spike, "count": self.rollbacks}
+        values |= {"from_step": fault.first_step, "to_step": target}
+        self._judged.spike = 0.0
         log_between_batches(trainer, values)
         self._roll_back(trainer, target)
         skipped = "none is skipped"

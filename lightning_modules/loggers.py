@@ -9,7 +9,9 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_modules.atomic_file import atomic_file
 
@@ -78,6 +80,18 @@ class RunTensorBoardLogger(RunLogger, TensorBoardLogger):
         super().bind(directory, resumed_step)
         if resumed_step is not None:
             self._kwargs["purge_step"] = resumed_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The open writer."""
+        is_new = self._experiment is None
+        writer: SummaryWriter = super().experiment
+        if is_new and self.resumed_step is not None:
+            # TensorBoard takes the first start that it meets for the run's own, and hides nothing behind it
+            start = Event(step=self.resumed_step, session_log=SessionLog(status=SessionLog.START))
+            writer._get_file_writer().add_event(start, self.resumed_step)
+        return writer
 
 
 class RunCSVLogger(RunLogger, CSVLogger):

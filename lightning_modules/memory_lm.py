@@ -1,12 +1,13 @@
 """Training of the memory language model: text, associative recall, and gates that decide."""
 
 import dataclasses
+import re
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from callbacks.charts import Chart, Lines, first_row, first_validation
 from callbacks.loop_state import log_values, logging_step
 from callbacks.sharded_parameters import whole_parameters, whole_tensor
 from datamodules.packing import TextBatch
@@ -336,6 +338,36 @@ class MemoryLM(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the figures of all loaders."""
         self._log_figures("test")
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """Text, recall with the memory on and off, and the gates."""
+        row, first = first_row(trainer), first_validation(trainer)
+        names = self._loader_names("val_names")
+        text = tuple(re.escape(name) for name in names if not name.startswith(RECALL))
+        domains = tuple(f"val/{name}_bits_per_byte" for name in text)
+        recalls = tuple(re.escape(name) for name in names if name.startswith(RECALL))
+        recall = tuple(f"val/{name}_accuracy{which}" for name in recalls for which in self._recall_figures())
+        charts: list[Chart] = [
+            Lines("Language model", "Loss, all and text alone", ("train/loss", "train/lm_loss"), row),
+            Lines("Language model", "Perplexity", ("train/perplexity", "val/perplexity"), max(row, first)),
+            Lines("Language model", "Bits per byte of held-out text", ("val/bits_per_byte", *domains), first),
+        ]
+        if recall:
+            title = "Recall with the memory on and off" if self._remembers else "Recall"
+            charts.append(Lines("Recall", title, recall, first))
+            charts.append(Lines("Recall", "Recall in training", ("train/recall_accuracy",), row))
+        if self._remembers:
+            spread = ("gate/std", "gate/token_std")
+            decided = ("gate/low", "gate/high", "gate/polarized_ratio")
+            charts += [
+                Lines("Gates", "Mean gate, 0 for attention and 1 for memory", ("gate/mean",), row),
+                Lines("Gates", "Spread, over all gates and over tokens", spread, row),
+                Lines("Gates", "Shares of shut, open and decided gates", decided, row),
+            ]
+        return charts
+
+    def _recall_figures(self) -> tuple[str, ...]:
+        return ("", "_memory_off", "_beyond") if self._remembers else ("", "_beyond")
 
     def _show_step(self) -> None:
         """Log the step's values on the steps the trainer logs."""

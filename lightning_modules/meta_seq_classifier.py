@@ -6,15 +6,16 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from callbacks.charts import Bands, Chart, Lines, first_row, first_validation, with_interval
 from callbacks.loop_state import log_values, logging_step
 from lightning_modules.host_memory import keep_freed_memory
-from lightning_modules.metrics import MeanOverTasks
+from lightning_modules.metrics import Interval, MeanOverTasks
 from lightning_modules.step_log import row_to_log
 from lightning_modules.step_metrics import StepMetrics
 from theria.cuda_graph import CapturedFunction
@@ -60,6 +61,10 @@ class MetaSeqClassifier(LightningModule):
             autocast; ``on`` insists and raises where it cannot; ``off`` never does.
         optimizer: outer optimiser, called with the parameters.
         lr_scheduler: called with the optimiser and stepped once an outer step; null keeps the rate.
+
+    Attributes:
+        val_interval: of the newest validation over all its tasks, query accuracy, query loss and support loss
+            after 0 to inner_steps steps, one behind the other; None before the first.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class MetaSeqClassifier(LightningModule):
         self.step_metrics = StepMetrics()
         self.val_curve = MeanOverTasks(3 * (inner_steps + 1))
         self.test_curve = MeanOverTasks(3 * (inner_steps + 1))
+        self.val_interval: Interval | None = None
         self._captured: CapturedFunction[MetaGradient] | None = None
         self._step_started = time.perf_counter()
 
@@ -182,11 +188,28 @@ class MetaSeqClassifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log means and intervals over all validation tasks."""
-        self._log_curve("val", self.val_curve)
+        self.val_interval = self._log_curve("val", self.val_curve)
 
     def on_test_epoch_end(self) -> None:
         """Log means and intervals over all test tasks."""
         self._log_curve("test", self.test_curve)
+
+    def charts(self, trainer: Trainer) -> list[Chart]:
+        """Adaptation to validation tasks, and the outer loop's own figures."""
+        category, first, row = "Adaptation", first_validation(trainer), first_row(trainer)
+        before, after = with_interval("val/query_accuracy_before"), with_interval("val/query_accuracy")
+        steps = (r"val/query_accuracy_step_\d+",)
+        query_loss = ("val/query_loss_before", "val/query_loss")
+        support_loss = ("val/support_loss_before", "val/support_loss_after")
+        training = ("train/query_accuracy_before", "train/query_accuracy")
+        return [
+            Bands(category, "Query accuracy before and after (95% over tasks)", (before, after), first),
+            Lines(category, "Query accuracy by inner step", steps, first),
+            Lines(category, "Query loss before and after", query_loss, first),
+            Lines(category, "Support loss before and after", support_loss, first),
+            Lines("Outer loop", "Query loss of training tasks", ("train/loss",), row),
+            Lines("Outer loop", "Query accuracy of training tasks, before and after", training, row),
+        ]
 
     def _show_step(self) -> None:
         """Log the step's values on the steps the trainer logs."""
@@ -204,14 +227,19 @@ class MetaSeqClassifier(LightningModule):
         curve = self._adaptation(support, query)
         return torch.cat([curve.query_accuracy, curve.query_loss, curve.support_loss])
 
-    def _log_curve(self, stage: str, metric: MeanOverTasks) -> None:
+    def _log_curve(self, stage: str, metric: MeanOverTasks) -> Interval:
         interval = metric.compute()
         metric.reset()
         accuracy, query_loss, support_loss = interval.mean.chunk(3)
+        half = interval.ci95.chunk(3)[0]
         values = {
             "query_accuracy": accuracy[-1],
-            "query_accuracy_ci95": interval.ci95.chunk(3)[0][-1],
+            "query_accuracy_ci95": half[-1],
+            "query_accuracy_low": accuracy[-1] - half[-1],
+            "query_accuracy_high": accuracy[-1] + half[-1],
             "query_accuracy_before": accuracy[0],
+            "query_accuracy_before_low": accuracy[0] - half[0],
+            "query_accuracy_before_high": accuracy[0] + half[0],
             "query_loss": query_loss[-1],
             "query_loss_before": query_loss[0],
             "support_loss_before": support_loss[0],
@@ -219,6 +247,7 @@ class MetaSeqClassifier(LightningModule):
         }
         steps = {f"query_accuracy_step_{k:02d}": value for k, value in enumerate(accuracy)}
         self.log_dict({f"{stage}/{name}": value for name, value in (values | steps).items()}, prog_bar=False)
+        return interval
 
     def _capturable(self, batch: TaskBatch) -> bool:
         if self.cuda_graph == "off":

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from theria.attention import (
     api,
     available_backends,
+    recorded_backends,
     registered_backend,
     resolve_backend,
     scaled_dot_product_attention,
@@ -45,6 +46,23 @@ def test_agrees_with_torch_where_torch_has_it(options):
     torch.testing.assert_close(
         scaled_dot_product_attention(*inputs, **options), F.scaled_dot_product_attention(*inputs, **options)
     )
+
+
+def test_what_took_the_calls_is_recorded_by_block(recorded):
+    inputs = tensors()
+    with recorded_backends() as outer:
+        scaled_dot_product_attention(*inputs)
+        with recorded_backends() as inner:
+            scaled_dot_product_attention(*inputs, backend="recorder")
+            scaled_dot_product_attention(*inputs, backend="recorder")
+        scaled_dot_product_attention(*inputs, backend="custom")
+    scaled_dot_product_attention(*inputs, backend="recorder")
+    assert outer == {"reference", "recorder", "custom"}
+    assert inner == {"recorder"}
+    with pytest.raises(NotImplementedError, match="attn_mask"), recorded_backends() as refused:
+        scaled_dot_product_attention(*inputs, attn_mask=inputs[0])
+    assert refused == set()
+    assert not api._records
 
 
 def test_backend_receives_a_normalised_call(recorded):

@@ -199,7 +199,7 @@ def test_figures_reach_records_and_loggers(corpus, tmp_path):
     names = {"accuracy", "accuracy_low", "accuracy_high", "chance", "seconds"}
     names |= {f"accuracy_{control}" for control in ("memory_off", "never_stored", "previous_shard")}
     names |= {"cosine", "cosine_low", "cosine_high", "cosine_worst", "cosine_theory", "cosine_never_stored"}
-    names |= {f"cosine_at_{pairs}" for pairs in (2, 4, 8)}
+    names |= {f"cosine_at_{pairs}" for pairs in (2, 4, 8)} | {"accuracy_depth_1", "accuracy_depth_2"}
     assert scalars == {f"niah/{name}" for name in names}
     assert events.Scalars("niah/cosine")[1].value == pytest.approx(expected[4].cosine.value)
     for tag in ("niah/heat_map", "niah/capacity"):

@@ -7,10 +7,10 @@ from theria.memory.needle import Mean, NeedleRecall
 from theria.models.needle_prompts import PromptRecall, Share
 
 
-def result(*, worst=0.9, leaks=False, right=90, controls=1, prompts=True) -> NIAHResult:
+def result(*, worst=0.9, leaks=False, right=90, controls=1, prompts=True, further=None) -> NIAHResult:
     memory = NeedleRecall(100, Mean(0.91, 0.9, 0.92), worst, 0.88, Mean(0.01, -0.02, 0.04), leaks)
     asked = PromptRecall(
-        {64: (Share(right // 2, 50), Share(right - right // 2, 50))},
+        {64: (Share(right // 2, 50), Share(right - right // 2, 50))} | (further or {}),
         {"never_stored": Share(controls, 64)},
         1 / 64,
     )
@@ -45,3 +45,10 @@ def test_records_and_loggers_have_the_same_figures():
     assert (scalars["niah/accuracy_low"], scalars["niah/accuracy_high"]) == Share(90, 100).interval()
     assert result(prompts=False).fields() == {"niah_cosine": 0.91}
     assert not [name for name in result(prompts=False).scalars() if "accuracy" in name or "chance" in name]
+
+
+def test_accuracy_by_depth_is_over_all_lengths():
+    scalars = result(further={128: (Share(2, 10), Share(0, 0))}).scalars()
+    assert scalars["niah/accuracy_depth_1"] == (45 + 2) / (50 + 10)
+    assert scalars["niah/accuracy_depth_2"] == 45 / 50
+    assert "niah/accuracy_depth_3" not in scalars

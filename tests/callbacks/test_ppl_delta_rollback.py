@@ -1,5 +1,6 @@
 """Faults in short trainings: what goes back, to where, what is skipped, and what must not change."""
 
+import csv
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from callbacks.refused_update import UpdateGuard
 from callbacks.rollback_ring import RollbackRing
 from datamodules.loader import BatchIndex, ResumableLoader, Shard
 from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from lightning_modules.loggers import RunCSVLogger
 from lightning_modules.step_metrics import StepMetrics
 
 pytestmark = [
@@ -643,6 +645,35 @@ def test_the_records_have_every_step_once_with_what_it_was_judged(
 def read_first_attempt(path: Path) -> dict[int, dict[str, float]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["step"]: row for row in rows if row["kind"] == "train" and row["attempt"] == 1}
+
+
+def test_loggers_see_spikes_and_rollbacks(tmp_path: Path) -> None:
+    logger = RunCSVLogger(str(tmp_path))
+    train(tmp_path, Automatic(spiking(22, 44, 45)), healer(), logger=logger, log_every_n_steps=5)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["rollback/spike"]]
+    told = [(int(row["step"]), float(row["rollback/spike"]), float(row["rollback/count"])) for row in rows]
+    went_back = next(number for number, row in enumerate(rows) if row["rollback/to_step"])
+    assert rows[went_back]["rollback/to_step"] == "30"
+    # rows stand at their last step; behind the rollback they go on from its target
+    assert [step for step, _, _ in told[: went_back + 2]] == [*range(4, 45, 5), 45, 34]
+    assert [count for _, _, count in told[: went_back + 2]] == [0.0] * 9 + [1.0] * 2
+    by_step = {step: spike for step, spike, _ in told[: went_back + 1]}
+    assert by_step[24] > 10 * max(by_step[19], by_step[29])  # of step 23, between two rows
+    assert by_step[45] > 10
+    assert told[went_back + 1][1] < 10
+
+
+def test_a_spike_that_was_told_at_a_rollback_is_not_told_again(tmp_path: Path) -> None:
+    """Also where training goes back to a place between two rows."""
+    logger = RunCSVLogger(str(tmp_path))
+    train(tmp_path, Automatic(spiking(44, 45)), healer(), logger=logger, log_every_n_steps=4)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["rollback/spike"]]
+    went_back = next(number for number, row in enumerate(rows) if row["rollback/to_step"])
+    assert float(rows[went_back]["rollback/spike"]) > 10
+    assert rows[went_back + 1]["step"] == "31"
+    assert float(rows[went_back + 1]["rollback/spike"]) < 1
 
 
 def test_later_checkpoints_are_dropped_and_the_target_is_saved_as_it_is_now(tmp_path: Path) -> None:

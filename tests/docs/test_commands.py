@@ -62,6 +62,7 @@ RUN_BY = {
     "python -m experiments.operator_sensitivity": (
         "experiments/operator_sensitivity/test_cli.py::test_one_command_gives_tables_pictures_and_page"
     ),
+    "python docs/screenshots.py": "callbacks/test_dashboard.py::test_a_browser_sees_the_charts",
     "python -m sphinx": "docs/test_build.py::test_the_pages_build_without_a_warning",
     "python -m experiments.interference": (
         "experiments/interference/test_main.py::test_with_a_ridge_the_deviation_is_stated_and_pooled_has_none"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules import atomic_file
@@ -121,8 +122,13 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
 
     log(range(6), 1.0)
     log(range(4, 8), 10.0, resumed_step=4)
+    expected = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
     events = EventAccumulator(str(tmp_path / "name" / "version_0"))
     events.Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert shown == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
     assert "hp_metric" not in events.Tags()["scalars"]
+    # what the server reads, which takes a first start for the run's own
+    served = plugin_event_accumulator.EventAccumulator(str(tmp_path / "name" / "version_0"))
+    served.Reload()
+    values = [(event.step, event.tensor_proto.float_val[0]) for event in served.Tensors("loss")]
+    assert values == expected

@@ -7,7 +7,7 @@ cannot do. ``reference`` is the specification that every other backend is tested
 
 from importlib.util import find_spec
 
-from theria.attention.api import resolve_backend, scaled_dot_product_attention
+from theria.attention.api import recorded_backends, resolve_backend, scaled_dot_product_attention
 from theria.attention.call import AttentionCall
 from theria.attention.custom import CustomOperators
 from theria.attention.fused import backend_over
@@ -41,6 +41,7 @@ __all__ = [
     "available_backends",
     "backend_over",
     "check_backend_name",
+    "recorded_backends",
     "register_backend",
     "registered_backend",
     "resolve_backend",

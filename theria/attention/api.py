@@ -1,7 +1,8 @@
 """The attention function that models call, whatever computes it."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from theria.attention.registry import AUTO, backend_function, select_backend
 
 _logger = logging.getLogger(__name__)
 _logged_choices: set[str] = set()
+_records: list[set[str]] = []
 
 
 # The tensors carry no jaxtyping shapes: the function refuses wrong shapes and dtypes by itself, in words.
@@ -80,6 +82,8 @@ def scaled_dot_product_attention(
     # A logger's call would break the graph of torch.compile; the first call outside it logs.
     if backend == AUTO and not torch.compiler.is_compiling() and name not in _logged_choices:
         _log_choice(name, call)
+    for record in _records:
+        record.add(name)
     device_type = call.device.type
     lowered = autocasts(device_type)
     if lowered:
@@ -127,6 +131,21 @@ def resolve_backend(
         enable_gqa=enable_gqa,
     )
     return select_backend(call, backend)
+
+
+@contextmanager
+def recorded_backends() -> Iterator[set[str]]:
+    """Collect the names of the backends that take calls inside a ``with`` block.
+
+    Yields the set, which grows with the calls. Calls that are replayed from a CUDA graph or a compiled
+    function are not made anew, and are seen where they are captured or traced.
+    """
+    record: set[str] = set()
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
 
 
 def _log_choice(name: str, call: AttentionCall) -> None:

@@ -112,6 +112,11 @@ class PromptRecall:
         return Share.total([share for shares in self.cells.values() for share in shares])
 
     @property
+    def by_depth(self) -> tuple[Share, ...]:
+        """Over all lengths, by depth."""
+        return tuple(Share.total(shares) for shares in zip(*self.cells.values(), strict=True))
+
+    @property
     def leaks(self) -> tuple[str, ...]:
         """Controls that are answered better than by chance, of which 1 in 1000 would be by chance."""
         return tuple(

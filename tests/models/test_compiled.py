@@ -1,7 +1,10 @@
 """The decoder under torch.compile: the same numbers, in parts between what a compiler does not trace."""
 
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 SCRIPT = """
 import torch
@@ -28,3 +31,26 @@ for reason in counters["graph_break"]:
 def test_compiled_parts_agree_and_are_shared_by_all_blocks():
     """In a process of its own, without the annotations' checks, which would be traced."""
     subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=300)
+
+
+RAGGED = """
+import torch
+from theria.memory import PersistentMemory, QKProjection
+
+torch.manual_seed(0)
+projection = QKProjection(PersistentMemory(2, 8))
+q, k = (torch.nn.functional.normalize(torch.randn(3, 2, 70, 8), dim=-1) for _ in range(2))
+ids = torch.randint(2, (3, 70)).cumsum(dim=1)
+results = []
+for forward in (projection, torch.compile(projection)):
+    read = forward(q, k, segment_ids=ids)[0]
+    results.append((read, *torch.autograd.grad(read.square().sum(), list(projection.parameters()))))
+for eager, compiled in zip(*results, strict=True):
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_a_length_of_no_whole_chunks_is_compiled_right():
+    """Inductor itself reads memory nobody wrote where such a length is traced."""
+    subprocess.run([sys.executable, "-c", RAGGED], check=True, timeout=300)

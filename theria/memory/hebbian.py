@@ -72,6 +72,16 @@ def running_sum(
     if ranks is None:
         total = initial.unsqueeze(-1) + amount.cumsum(dim=-1)
         return total, total[..., -1]
+    whole_chunks = length % min(SUMMED_AT_ONCE, length) == 0
+    return (_sum_of_shards if whole_chunks else _untraced_sum_of_shards)(amount, ranks, initial)
+
+
+def _sum_of_shards(
+    amount: Float[Tensor, "batch heads length"],
+    ranks: Int64[Tensor, "batch length"],
+    initial: Float[Tensor, "batch heads"],
+) -> tuple[Float[Tensor, "batch heads length"], Float[Tensor, "batch heads"]]:
+    length = amount.shape[-1]
     chunk = min(SUMMED_AT_ONCE, length)
     amounts, ranked = in_chunks(amount, chunk), ranks_in_chunks(ranks, chunk)
     ends = ranked[..., -1]
@@ -85,6 +95,10 @@ def running_sum(
     goes_on = ranked == torch.cat((first, ends[..., :-1]), dim=-1).unsqueeze(-1)
     total = (inside + before.unsqueeze(-1).masked_fill(~goes_on, 0)).flatten(2)
     return total[..., :length], total[..., -1]
+
+
+# inductor (torch 2.13, on a CPU) reads memory that nobody wrote where a filled-up chunk is cut again
+_untraced_sum_of_shards = torch.compiler.disable(_sum_of_shards)
 
 
 def _read_group(

@@ -115,6 +115,7 @@ class MetaSeqClassifier(LightningModule):
         self.cuda_graph = cuda_graph
         self.gradient_clip_val = gradient_clip_val
         self._gradient_norms: dict[str, Tensor] = {}
+        self._learning_rate: Tensor | float = 0.0
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.step_metrics = StepMetrics()
         self.val_curve = MeanOverTasks(3 * (inner_steps + 1))
@@ -160,11 +161,13 @@ class MetaSeqClassifier(LightningModule):
         optimizer.step()
         if (scheduler := self.lr_schedulers()) is not None:
             cast(LRScheduler, scheduler).step()
-        self.step_metrics.append(self.trainer.global_step, self._row(result, optimizer.param_groups[0]["lr"]))
+        self.step_metrics.append(self.trainer.global_step, self._row(result))
         self._show_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Note the gradient's norms, then clip it; by now a gradient scaler's factor is out of it."""
+        """Note the rate and the gradient's norms, then clip it; a gradient scaler's factor is out of it by now."""
+        rate = optimizer.param_groups[0]["lr"]
+        self._learning_rate = rate.clone() if isinstance(rate, Tensor) else rate
         for group in GRADIENT_GROUPS:
             gradients = [p.grad for p in getattr(self.model, group).parameters() if p.grad is not None]
             self._gradient_norms[f"grad_norm_{group}"] = torch.nn.utils.get_total_norm(gradients)
@@ -278,7 +281,7 @@ class MetaSeqClassifier(LightningModule):
             raise MisconfigurationException(f"cuda_graph is on, but {obstacle}; use auto or off")
         return obstacle is None
 
-    def _row(self, result: MetaGradient, learning_rate: float) -> dict[str, Tensor | float]:
+    def _row(self, result: MetaGradient) -> dict[str, Tensor | float]:
         now = time.perf_counter()
         seconds, self._step_started = now - self._step_started, now
         row: dict[str, Tensor | float] = {
@@ -288,7 +291,7 @@ class MetaSeqClassifier(LightningModule):
         }
         for name in ("support_loss_after", "query_accuracy_before"):
             row[name] = getattr(result, name)
-        return row | self._gradient_norms | {"step_seconds": seconds, "learning_rate": learning_rate}
+        return row | self._gradient_norms | {"step_seconds": seconds, "learning_rate": self._learning_rate}
 
     def _mean_over_ranks(self, rows: Tensor) -> Tensor:
         return cast(Tensor, self.all_gather(rows)).mean(0)

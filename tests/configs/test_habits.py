@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from small_jobs import (
 )
 
 from callbacks import ResumableWeightAveraging
+from lightning_modules.checkpoint_io import read_checkpoint
 from lightning_modules.cli import main
 from lightning_modules.memory_lm import MemoryLM
 from theria.models.flops import training_flops_per_token
@@ -55,6 +55,35 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("jobs")
     write_jobs(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def made(jobs: Path) -> dict[str, Path]:
+    """Directories in which each job has run, five steps as it is and six with an average of weights."""
+    directories = {"plain": jobs / "plain", "averaged": jobs / "averaged"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["theria"])
+        for name, options in (
+            ("plain", ["--trainer.max_steps=5"]),
+            ("averaged", ["weight_averaging", "--trainer.max_steps=6"]),
+        ):
+            directories[name].mkdir()
+            patch.chdir(directories[name])
+            for job in ("meta", "text"):
+                main(fit_arguments(jobs, job, *options))
+    return directories
+
+
+@pytest.fixture
+def plain(made: dict[str, Path], _place: None) -> None:
+    """Version 0 of each job is its plain run."""
+    shutil.copytree(made["plain"], ".", dirs_exist_ok=True)
+
+
+@pytest.fixture
+def with_average(made: dict[str, Path], _place: None) -> None:
+    """Version 0 of each job is its run with an average."""
+    shutil.copytree(made["averaged"], ".", dirs_exist_ok=True)
 
 
 @pytest.fixture(autouse=True)
@@ -107,11 +136,10 @@ class Interruption(Callback):
 # --- early stopping
 
 
-@both
-def test_early_stopping_stays_stopped_until_it_gets_more_patience(jobs: Path, job: str) -> None:
-    overlay = {"meta": "early_stopping_meta_seqcls", "text": "early_stopping_memory_lm"}[job]
+def test_early_stopping_stays_stopped_until_it_gets_more_patience(jobs: Path) -> None:
+    job = "meta"
     strict = ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=10"]
-    main(fit_arguments(jobs, job, overlay, *strict, "--trainer.max_steps=20"))
+    main(fit_arguments(jobs, job, "early_stopping_meta_seqcls", *strict, "--trainer.max_steps=20"))
     assert steps_saved(job)[-1] == 4  # validated at 2, the best so far, and at 4, no better by 10
     resumed = ["fit", "--ckpt_path", str(run_directory(job))]
     main(resumed)
@@ -132,27 +160,20 @@ def test_early_stopping_names_what_there_is_to_monitor(
 
 @both
 def test_the_learning_rate_monitor_shows_the_schedule_also_while_a_rollback_lowers_rates(
-    jobs: Path, job: str
+    jobs: Path, job: str, plain: None
 ) -> None:
-    healer = 'callbacks=[RNGState,{"class_path":"PPLDeltaRollback","init_args":{"every_n_steps":2,'
-    healer += '"healthy_after":1,"skip_window":0,"cool_down":9,"lr_factor":FACTOR}},ResumableCheckpoint]'
-    for factor in ("1.0", "0.25"):
-        arguments = [
-            f"--trainer.{healer.replace('FACTOR', factor)}",
-            f"--trainer.callbacks+={__name__}.NotANumber",
-        ]
-        main(fit_arguments(jobs, job, *arguments, "learning_rate_monitor"))
-    tags = {"meta": ["lr-Adam"], "text": ["lr-AdamW/pg1", "lr-AdamW/pg2"]}[job]
-    for tag in tags:
-        rates = column(job, tag, version=1)
-        assert rates == column(job, tag, version=0)
-        assert len(set(rates)) == {"meta": 1, "text": 3}[job]
-        assert len(rates) == 6  # 3 and 4 twice
-        assert column(job, "train/learning_rate", version=0) == rates
-        used = [*rates[:4], *(rate * 0.25 for rate in rates[4:])]
-        assert column(job, "train/learning_rate", version=1) == pytest.approx(used)
-    weights = [checkpoint(job, 4, version)["state_dict"] for version in range(2)]
-    assert not same(*weights)  # the factor was there
+    healer = {"every_n_steps": 2, "healthy_after": 1, "skip_window": 0, "cool_down": 9, "lr_factor": 0.25}
+    callbacks = [
+        {"class_path": "PPLDeltaRollback", "init_args": healer},
+        {"class_path": f"{__name__}.NotANumber"},
+    ]
+    main(fit_arguments(jobs, job, f"--trainer.callbacks={json.dumps(callbacks)}", "learning_rate_monitor"))
+    scheduled = column(job, "train/learning_rate")[:4]
+    assert len(set(scheduled)) == {"meta": 1, "text": 3}[job]
+    for tag in {"meta": ["lr-Adam"], "text": ["lr-AdamW/pg1", "lr-AdamW/pg2"]}[job]:
+        assert column(job, tag, version=1) == [*scheduled, *scheduled[2:]]  # from step 2 on twice
+    used = [*scheduled, *(rate * 0.25 for rate in scheduled[2:])]
+    assert column(job, "train/learning_rate", version=1) == pytest.approx(used)
 
 
 def test_the_search_suggests_a_rate_and_trains_nothing(jobs: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,11 +196,12 @@ def test_the_search_suggests_a_rate_and_trains_nothing(jobs: Path, caplog: pytes
     assert [path.name for path in Path().iterdir()] == ["runs"]
 
 
-def test_the_search_is_refused_where_it_cannot_work(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_search_is_refused_where_it_cannot_work(
+    jobs: Path, plain: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(capsys, fit_arguments(jobs, "meta", "learning_rate_search"))
     assert "LearningRateSearch cannot search for MetaSeqClassifier" in line
     assert "--model.init_args.optimizer.init_args.lr" in line
-    main(fit_arguments(jobs, "text", "--trainer.max_steps=1"))
     resumed = fit_arguments(jobs, "text", "learning_rate_search", f"--ckpt_path={run_directory('text')}")
     assert "leave ckpt_path out" in refused(capsys, resumed)
 
@@ -207,8 +229,16 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 @both
-def test_throughput(jobs: Path, job: str) -> None:
-    main(fit_arguments(jobs, job, "throughput", "--trainer.callbacks.window_size=2"))
+def test_rates_profile_summary_and_mfu(
+    jobs: Path, job: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    peak = {"meta": [], "text": ["--model.init_args.peak_tflops=0.5"]}[job]
+    overlays = ["model_summary", "--trainer.enable_model_summary=true", "profiler_simple", "throughput"]
+    with caplog.at_level("INFO"), caplog.at_level("INFO", "lightning.pytorch"):
+        main(fit_arguments(jobs, job, *overlays, "--trainer.callbacks.window_size=2", *peak))
+    assert "perf/mfu is left out" not in caplog.text
+    assert {"meta": "model.q_proj", "text": "model.blocks.0"}[job] in capsys.readouterr().out
+
     per_batch = {"meta": 2, "text": 4}[job]
     assert column(job, "train/samples") == [per_batch * step for step in range(1, 5)]
     batches, samples = (column(job, f"train/device/{name}_per_sec") for name in ("batches", "samples"))
@@ -216,34 +246,31 @@ def test_throughput(jobs: Path, job: str) -> None:
     assert samples == pytest.approx([per_batch * rate for rate in batches])
     assert column(job, "validate/device/samples_per_sec")
 
-
-def test_mfu_is_what_it_says_or_left_out_with_a_line(jobs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"), caplog.at_level("INFO", "lightning.pytorch"):
-        main(fit_arguments(jobs, "text", "--model.init_args.peak_tflops=0.5"))
-        assert "perf/mfu is left out" not in caplog.text
-        main(fit_arguments(jobs, "text"))
-        assert "perf/mfu is left out: no peak of this cpu in 32-true is known" in caplog.text
-    assert not column("text", "perf/mfu", version=1)
-    sizes = {"width": 16, "heads": 2, "window": 6, "memory_dim": 8, "slots": 4, "chunk_size": 8}
-    operations = training_flops_per_token(MemoryLM(**sizes).model, 40)
-    rates = column("text", "perf/tokens_per_second")
-    assert column("text", "perf/mfu") == pytest.approx([operations * rate / 0.5e12 for rate in rates])
-
-
-@both
-def test_the_simple_profiler_writes_its_table(jobs: Path, job: str) -> None:
-    main(fit_arguments(jobs, job, "profiler_simple"))
     table = (run_directory(job) / "fit-profile.txt").read_text()
     assert "Total time (s)" in table
     assert re.search(r"\.training_step\s*\|[^|]*\|\s*4\s*\|", table)
+
+    if job == "text":
+        sizes = {"width": 16, "heads": 2, "window": 6, "memory_dim": 8, "slots": 4, "chunk_size": 8}
+        operations = training_flops_per_token(MemoryLM(**sizes).model, 40)
+        rates = column(job, "perf/tokens_per_second")
+        assert column(job, "perf/mfu") == pytest.approx([operations * rate / 0.5e12 for rate in rates])
+
+
+def test_mfu_is_left_out_with_a_line_where_no_peak_is_known(
+    jobs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), caplog.at_level("INFO", "lightning.pytorch"):
+        main(fit_arguments(jobs, "text", "--trainer.max_steps=1"))
+    assert "perf/mfu is left out: no peak of this cpu in 32-true is known" in caplog.text
+    assert column("text", "perf/tokens_per_second")
+    assert not column("text", "perf/mfu")
 
 
 @both
 def test_the_pytorch_profiler_writes_a_trace(jobs: Path, job: str) -> None:
     main(
-        fit_arguments(
-            jobs, job, "profiler_pytorch", "--trainer.max_steps=6", "--trainer.val_check_interval=6"
-        )
+        fit_arguments(jobs, job, "profiler_pytorch", "--trainer.max_steps=6", "--trainer.limit_val_batches=0")
     )
     (trace,) = run_directory(job).glob("fit-profile-*.training_step.*.pt.trace.json")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
@@ -252,38 +279,25 @@ def test_the_pytorch_profiler_writes_a_trace(jobs: Path, job: str) -> None:
     assert "aten::" in (run_directory(job) / "fit-profile.txt").read_text()
 
 
-@both
-def test_the_model_summary_goes_deeper(jobs: Path, job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(fit_arguments(jobs, job, "model_summary", "--trainer.enable_model_summary=true"))
-    assert {"meta": "model.q_proj", "text": "model.blocks.0"}[job] in capsys.readouterr().out
-
-
 # --- how it is trained
 
 
 @both
-def test_gradient_clipping_bounds_the_step(jobs: Path, job: str) -> None:
-    plain = ["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=1.0"]
-    plain += ["--model.init_args.optimizer.init_args.weight_decay=0.0"]
-    plain += ["--model.init_args.lr_scheduler=null", "--trainer.max_steps=1"]
+def test_gradient_clipping_bounds_the_step(jobs: Path, job: str, plain: None) -> None:
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0, "weight_decay": 0.0}}
+    sgd = [f"--model.init_args.optimizer={json.dumps(optimizer)}", "--model.init_args.lr_scheduler=null"]
     clip = {
         "meta": ["gradient_clipping_meta_seqcls", "--model.init_args.gradient_clip_val=0.001"],
         "text": ["--trainer.gradient_clip_val=0.001"],
     }[job]
-    free = {"meta": [], "text": ["--trainer.gradient_clip_val=null"]}[job]
-    norms = {"meta": "train/grad_norm_q_proj", "text": "train/grad_norm"}[job]
-    for version, options in enumerate((clip, free)):
-        main(fit_arguments(jobs, job, *options, *plain))
-        start = torch.load(run_directory(job, version) / "checkpoints" / "rollback_000000.ckpt")["state_dict"]
-        end = checkpoint(job, 1, version)["state_dict"]
-        moved = torch.cat(
-            [(end[name] - value).flatten() for name, value in start.items() if name.startswith("model.")]
-        )
-        length = float(moved.norm())
-        assert length == pytest.approx(0.001, rel=1e-3) if version == 0 else length > 0.01
-    # norms are those before
-    assert column(job, norms, 0) == column(job, norms, 1)
-    assert column(job, norms, 0)[0] > 0.001
+    main(fit_arguments(jobs, job, *clip, *sgd, "--trainer.max_steps=1"))
+    beginning = run_directory(job, 1) / "checkpoints" / "rollback_000000.ckpt"
+    start, end = read_checkpoint(beginning)["state_dict"], checkpoint(job, 1, 1)["state_dict"]
+    moved = [(end[name] - value).flatten() for name, value in start.items() if name.startswith("model.")]
+    assert float(torch.cat(moved).norm()) == pytest.approx(0.001, rel=1e-3)
+    # norms that are logged are those before
+    norm = {"meta": "train/grad_norm_q_proj", "text": "train/grad_norm"}[job]
+    assert column(job, norm, 1)[0] == column(job, norm)[0] > 0.001
 
 
 def test_clipping_by_the_trainer_is_refused_with_the_setting_that_clips(
@@ -294,8 +308,7 @@ def test_clipping_by_the_trainer_is_refused_with_the_setting_that_clips(
 
 
 @both
-def test_bf16_mixed(jobs: Path, job: str) -> None:
-    main(fit_arguments(jobs, job))
+def test_bf16_mixed(jobs: Path, job: str, plain: None) -> None:
     main(fit_arguments(jobs, job, "bf16_mixed"))
     full, mixed = (checkpoint(job, 4, version)["state_dict"] for version in range(2))
     assert not same(full, mixed)
@@ -307,9 +320,8 @@ def test_bf16_mixed(jobs: Path, job: str) -> None:
 
 
 @both
-def test_deterministic(jobs: Path, job: str) -> None:
-    for _ in range(2):
-        main(fit_arguments(jobs, job, "deterministic"))
+def test_deterministic(jobs: Path, job: str, plain: None) -> None:
+    main(fit_arguments(jobs, job, "deterministic"))
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert same(*(checkpoint(job, 4, version)["state_dict"] for version in range(2)))
@@ -330,45 +342,42 @@ def averaged(states: list[dict[str, torch.Tensor]], decay: float | None) -> dict
 @both
 @pytest.mark.parametrize(("decay", "start", "every"), [("0.6", 0, 1), ("null", 1, 2)])
 def test_a_checkpoint_has_the_average_and_the_weights_in_training(
-    jobs: Path, job: str, decay: str, start: int, every: int
+    jobs: Path, job: str, decay: str, start: int, every: int, plain: None
 ) -> None:
-    main(fit_arguments(jobs, job, "--trainer.max_steps=5"))
     options = [f"--trainer.callbacks.decay={decay}", f"--trainer.callbacks.start_step={start}"]
     options += [f"--trainer.callbacks.every_n_steps={every}", "--trainer.max_steps=5"]
     main(fit_arguments(jobs, job, "weight_averaging", *options))
-    plain = {step: checkpoint(job, step)["state_dict"] for step in range(1, 6)}
+    weights = {step: checkpoint(job, step)["state_dict"] for step in range(1, 6)}
     for step in range(1, 6):
         saved = checkpoint(job, step, version=1)
-        assert same(saved["current_model_state"], plain[step])  # training goes on as without
-        taken = [plain[s] for s in range(start + every, step + 1, every)] or [plain[step]]
+        assert same(saved["current_model_state"], weights[step])  # training goes on as without
+        taken = [weights[s] for s in range(start + every, step + 1, every)] or [weights[step]]
         expected = averaged(taken, None if decay == "null" else float(decay))
         for name, value in saved["state_dict"].items():
             if value.is_floating_point():
                 torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-7)
             else:
-                assert torch.equal(value, plain[step][name]), name  # counters are not averaged
+                assert torch.equal(value, weights[step][name]), name  # counters are not averaged
 
 
 @both
-def test_validation_and_evaluation_see_the_average(jobs: Path, job: str) -> None:
-    metric = {"meta": "query_loss", "text": "bits_per_byte"}[job]
-    # the average is of the weights' beginning, which later ones differ from
-    options = ["weight_averaging", "--trainer.callbacks.decay=0.99", "--trainer.max_steps=4"]
-    main(fit_arguments(jobs, job, *options, "--model.init_args.optimizer.init_args.lr=0.05"))
+def test_validation_and_evaluation_see_the_average(
+    made: dict[str, Path], job: str, with_average: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = {"meta": "val/query_loss", "text": "val/bits_per_byte"}[job]
     main(["validate", "--ckpt_path", str(run_directory(job))])
     with (run_directory(job) / "validate_0" / "metrics.csv").open(newline="") as file:
-        (evaluated,) = (float(row[f"val/{metric}"]) for row in csv.DictReader(file))
-    first, last = column(job, f"val/{metric}")
-    assert evaluated == pytest.approx(last, rel=1e-6)
-    main(fit_arguments(jobs, job, "--model.init_args.optimizer.init_args.lr=0.05"))
-    assert abs(column(job, f"val/{metric}", version=1)[1] - last) > 1e-4 * abs(last)
-    assert first != last
+        (evaluated,) = (float(row[metric]) for row in csv.DictReader(file))
+    seen = column(job, metric)
+    assert evaluated == pytest.approx(seen[-1], rel=1e-6)
+    monkeypatch.chdir(made["plain"])
+    assert column(job, metric)[1] != seen[1]  # of the weights in training
 
 
 @both
-def test_a_rollback_sets_the_average_back(jobs: Path, job: str) -> None:
-    for spoiler in ([], [f"--trainer.callbacks+={__name__}.NotANumber"]):
-        main(fit_arguments(jobs, job, *spoiler, "weight_averaging", "--trainer.max_steps=6"))
+def test_a_rollback_sets_the_average_back(jobs: Path, job: str, with_average: None) -> None:
+    spoiler = f"--trainer.callbacks+={__name__}.NotANumber"
+    main(fit_arguments(jobs, job, spoiler, "weight_averaging", "--trainer.max_steps=6"))
     undisturbed, healed = (checkpoint(job, 6, version) for version in range(2))
     assert column(job, "rollback/to_step", version=1) == [2.0]
     for name in ("state_dict", "current_model_state"):
@@ -377,8 +386,9 @@ def test_a_rollback_sets_the_average_back(jobs: Path, job: str) -> None:
 
 
 @both
-def test_an_interrupted_validation_saves_the_weights_in_training(jobs: Path, job: str) -> None:
-    main(fit_arguments(jobs, job, "weight_averaging"))
+def test_an_interrupted_validation_saves_the_weights_in_training(
+    jobs: Path, job: str, with_average: None
+) -> None:
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit):
@@ -395,14 +405,13 @@ def test_an_interrupted_validation_saves_the_weights_in_training(jobs: Path, job
             assert same(whole[name], interrupted[name]), (step, name)
 
 
-def test_averaging_begins_anew_from_a_checkpoint_without(jobs: Path) -> None:
-    main(fit_arguments(jobs, "meta", "--trainer.max_steps=2"))
-    resumed = [f"--ckpt_path={run_directory('meta')}", "--trainer.max_steps=3"]
+def test_averaging_begins_anew_from_a_checkpoint_without(jobs: Path, plain: None) -> None:
+    resumed = [f"--ckpt_path={run_directory('meta')}", "--trainer.max_steps=6"]
     with pytest.warns(UserWarning, match="no average of weights: one begins with the next update"):
         main(fit_arguments(jobs, "meta", "weight_averaging", *resumed))
-    saved = checkpoint("meta", 3)
+    saved = checkpoint("meta", 6)
     assert same(saved["state_dict"], saved["current_model_state"])
-    assert saved["averaging_state"] == {"updates": 1, "step": 3}
+    assert saved["averaging_state"] == {"updates": 1, "step": 6}
 
 
 def test_averaging_refuses_divided_parameters_and_impossible_values() -> None:
@@ -452,37 +461,35 @@ def test_wandb_offline_goes_on_in_its_run(jobs: Path, job: str, monkeypatch: pyt
     assert all(path.stat().st_size for path in files)
 
 
-def test_the_slurm_script_goes_on_until_it_is_done(jobs: Path, tmp_path: Path) -> None:
-    """With stand-ins: srun runs what it is given, theria is this program, scontrol notes what it is told."""
+def test_the_slurm_script_goes_on_until_it_is_done(
+    jobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With stand-ins: srun runs what it is given, theria leaves a checkpoint, scontrol notes its order."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, body in (
-        ("srun", 'exec "$@"'),
-        ("scontrol", 'echo "$@" >> scontrol.txt'),
-        (
-            "theria",
-            'echo "$@" >> theria.txt; case "$*" in *stop*) exit 143;; esac; exec python_of_the_test "$@"',
-        ),
-    ):
-        text = body.replace("python_of_the_test", f"{shutil.which(sys.executable)} -m lightning_modules.cli")
-        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+    leave = "cd runs/slurm_7/version_0/checkpoints && touch step_000004.ckpt"
+    for name, body in {
+        "srun": 'exec "$@"',
+        "scontrol": 'echo "$@" >> scontrol.txt',
+        "theria": f'echo "$@" >> theria.txt; case "$*" in *stop*) exit 143;; esac; mkdir -p runs/slurm_7/version_0/checkpoints; {leave}',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    environment |= {"PYTHONPATH": str(CONFIGS.parent)}
 
     def submit(*arguments: str) -> int:
         command = ["bash", str(CONFIGS / "slurm" / "fit.sbatch"), *arguments]
-        return subprocess.run(
-            command, env=environment, capture_output=True, timeout=120, check=False
-        ).returncode
+        return subprocess.run(command, env=environment, timeout=60, check=False).returncode
 
     assert submit("--name", "stop") == 143
     assert Path("scontrol.txt").read_text() == "requeue 7\n"
-    job = fit_arguments(jobs, "meta")[1:]
-    assert submit(*job) == 0
-    assert (Path("runs", "slurm_7", "version_0", "checkpoints") / "step_000004.ckpt").is_file()
-    assert submit(*job) == 0
+    assert submit(*fit_arguments(jobs, "meta")[1:]) == 0
+    begun = Path("theria.txt").read_text().splitlines()[-1].split()
+    with pytest.raises(SystemExit) as left:
+        main([*begun, "--print_config"])  # the application understands what it was given
+    assert left.value.code == 0
+    assert "name: slurm_7" in capsys.readouterr().out
+    assert submit() == 0
     assert Path("theria.txt").read_text().splitlines()[-1] == "fit --ckpt_path runs/slurm_7/version_0"
     assert Path("scontrol.txt").read_text() == "requeue 7\n"
-    script = (CONFIGS / "slurm" / "fit.sbatch").read_text()
-    assert "Untested on a cluster" in script
+    assert "Untested on a cluster" in (CONFIGS / "slurm" / "fit.sbatch").read_text()

@@ -14,7 +14,7 @@ from small_jobs import BASE, CONFIGS, NAME, TRAINER, write_jobs
 
 from lightning_modules.checkpoint_io import read_checkpoint
 
-KILLS = ["inside a validation", "at an epoch's end"]
+KILLS = ["inside a validation"]
 STOPPED = 12
 """Validated at 4, 8 and 12 and never better by 10 than at first: two validations end the patience."""
 STOPPING = {"meta": "early_stopping_meta_seqcls", "text": "early_stopping_memory_lm"}

@@ -165,7 +165,7 @@ class MetaSeqClassifier(LightningModule):
         self._show_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Note the rate and the gradient's norms, then clip it; a gradient scaler's factor is out of it by now."""
+        """Note the rate and the gradient's norms, then clip it; no gradient scaler's factor is in it."""
         rate = optimizer.param_groups[0]["lr"]
         self._learning_rate = rate.clone() if isinstance(rate, Tensor) else rate
         for group in GRADIENT_GROUPS:

@@ -33,6 +33,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning"),
     # a dry run has too few batches for the profiler's schedule
     pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule will be overridden:UserWarning"),
+    # nor a run directory
+    pytest.mark.filterwarnings("ignore:The PyTorchProfiler failed to export trace:UserWarning"),
 ]
 
 REPOSITORY = Path(__file__).parents[2]

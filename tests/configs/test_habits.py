@@ -467,11 +467,12 @@ def test_the_slurm_script_goes_on_until_it_is_done(
     """With stand-ins: srun runs what it is given, theria leaves a checkpoint, scontrol notes its order."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    leave = "cd runs/slurm_7/version_0/checkpoints && touch step_000004.ckpt"
+    place = "runs/slurm_7/version_0/checkpoints"
+    leave = f"mkdir -p {place}; touch {place}/step_000004.ckpt"
     for name, body in {
         "srun": 'exec "$@"',
         "scontrol": 'echo "$@" >> scontrol.txt',
-        "theria": f'echo "$@" >> theria.txt; case "$*" in *stop*) exit 143;; esac; mkdir -p runs/slurm_7/version_0/checkpoints; {leave}',
+        "theria": f'echo "$@" >> theria.txt; case "$*" in *stop*) exit 143;; esac; {leave}',
     }.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)

@@ -57,6 +57,7 @@ class LearningRateSearch(LearningRateFinder):
                 f"{type(self).__name__} searches from new weights: leave ckpt_path out"
             )
         trainer.val_check_interval, trainer.check_val_every_n_epoch = self._num_training_steps + 1, None
+        pl_module.on_fit_start()  # which else comes after the callbacks', and so never
         self.lr_find(trainer, pl_module)
         if self.optimal_lr is not None and trainer.is_global_zero:
             _report(self.optimal_lr, Path(trainer.log_dir or trainer.default_root_dir))

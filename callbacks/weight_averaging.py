@@ -3,9 +3,7 @@
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -45,9 +43,9 @@ class ResumableWeightAveraging(Callback):
 
     Raises:
         TypeError, ValueError: a value is impossible; the message names it.
-        MisconfigurationException: the strategy divides the parameters among processes.
     """
 
+    needs_whole_parameters = True
     _aside: list[Tensor]
     _updates: int
     _step: int
@@ -65,12 +63,7 @@ class ResumableWeightAveraging(Callback):
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies under which no process has the parameters."""
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs whole parameters, which {type(trainer.strategy).__name__} "
-                "divides among processes: take trainer.strategy ddp, or leave the callback out"
-            )
+        """Begin without an average."""
         self._fitting = stage == "fit"
         self._forget()
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import device_stats_monitor
 from lightning.pytorch.loggers import wandb as lightning_wandb
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.imports import RequirementCache
 from small_jobs import (
     CONFIGS,
@@ -414,10 +412,13 @@ def test_averaging_begins_anew_from_a_checkpoint_without(jobs: Path, plain: None
     assert saved["averaging_state"] == {"updates": 1, "step": 6}
 
 
-def test_averaging_refuses_divided_parameters_and_impossible_values() -> None:
-    trainer: Any = SimpleNamespace(strategy=FSDPStrategy(accelerator="cpu"))
-    with pytest.raises(Exception, match=r"FSDPStrategy divides among .* take trainer\.strategy ddp"):
-        ResumableWeightAveraging().setup(trainer, LightningModule(), "fit")
+def test_averaging_and_divided_parameters_are_refused(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, fit_arguments(jobs, "text", "fsdp", "weight_averaging"))
+    assert "ResumableWeightAveraging reads whole parameters" in line
+    assert line.endswith("leave the callback out, or set trainer.strategy to ddp")
+
+
+def test_averaging_refuses_impossible_values() -> None:
     for options in ({"decay": 1.0}, {"decay": -0.1}, {"start_step": -1}, {"every_n_steps": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ResumableWeightAveraging(**options)  # type: ignore[arg-type]

@@ -39,7 +39,9 @@ class RunWandbLogger(RunLogger, WandbLogger):  # type: ignore[misc]  # a version
     def bind(self, directory: Path, resumed_step: int | None = None) -> None:
         """Write into `directory`, and into the W&B run that it has begun."""
         super().bind(directory, resumed_step)
-        self._wandb_init |= {"dir": str(directory), "name": f"{directory.parent.name}/{directory.name}"}
+        # in full, since W&B's own process may stand elsewhere
+        self._wandb_init["dir"] = str(directory.resolve())
+        self._wandb_init["name"] = f"{directory.parent.name}/{directory.name}"
         self._take_up_id(directory / ID_NAME)
 
     @rank_zero_only

@@ -80,8 +80,11 @@ def restore_running(
 def _restore_callbacks(trainer: Trainer, checkpoint: dict[str, Any], leave_out: Callback) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its class body
     for callback in callbacks:
-        state = checkpoint["callbacks"].get(callback.state_key)
-        if not state or callback is leave_out or isinstance(callback, Checkpoint | RNGState):
+        if callback is leave_out or isinstance(callback, Checkpoint | RNGState):
+            continue
+        # what a callback keeps beside its state, as an average of the weights
+        callback.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+        if not (state := checkpoint["callbacks"].get(callback.state_key)):
             continue
         callback.load_state_dict(state)
         if isinstance(callback, ConfiguredOptimizerValues):

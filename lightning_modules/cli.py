@@ -20,7 +20,6 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -28,10 +27,11 @@ import callbacks
 import datamodules
 import lightning_modules
 from callbacks import ConfiguredOptimizerValues, UnhealthyGatesError, UnhealthyTrainingError
+from lightning_modules import wandb_logger
 from lightning_modules.atomic_file import atomic_file
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.cli_checks import check_agreement, check_callbacks, check_settings, check_shapes
 from lightning_modules.cli_errors import OneLineParser, fail, is_about_settings, is_about_the_disk
-from lightning_modules.fully_sharded import FullyShardedStrategy
 from lightning_modules.loggers import RunLogger
 from lightning_modules.run_directory import (
     CONFIG_NAME,
@@ -45,7 +45,7 @@ from lightning_modules.run_directory import (
 )
 
 # A configuration names these packages' classes without a path, because they are imported here.
-_NAMED_IN_CONFIGURATIONS = (callbacks, datamodules, lightning_modules)
+_NAMED_IN_CONFIGURATIONS = (callbacks, datamodules, lightning_modules, wandb_logger)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -167,13 +167,14 @@ class TheriaCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check what only shows once everything is built, then open the run directory."""
-        _check_settings(self.model, self.trainer)
-        _check_agreement(self.model, self.datamodule)
+        check_settings(self.model, self.trainer)
+        check_callbacks(self.trainer)
+        check_agreement(self.model, self.datamodule)
         if self.trainer.precision == "64-true":
             # Lightning restores before it converts, which would round a checkpoint's weights to single
             self.model.double()
         if self.restart is not None:
-            _check_shapes(self.model, self.restart)
+            check_shapes(self.model, self.restart)
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
         if not loggers:
             return
@@ -248,63 +249,6 @@ def _with_config_of_run(args: list[str], subcommands: dict[str, set[str]]) -> li
     if config is None or subcommand is None:
         return args
     return [*args[: subcommand + 1], "--config", str(config), *args[subcommand + 1 :]]
-
-
-def _check_settings(model: LightningModule, trainer: Trainer) -> None:
-    """Refuse what Lightning would stumble over only while it runs, or not at all."""
-    if getattr(trainer, "val_check_interval", None) == 0:
-        fail("trainer.val_check_interval must not be 0; for no validation set trainer.limit_val_batches to 0")
-    strategy = trainer.strategy
-    if isinstance(strategy, FullyShardedStrategy):
-        try:
-            strategy.check(model, trainer.callbacks)  # type: ignore[attr-defined]  # set outside of its body
-        except MisconfigurationException as error:
-            fail(str(error))
-    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-        fail(
-            f"trainer.strategy is Lightning's {type(strategy).__name__}, whose checkpoints no run here goes "
-            "on from: take fully_sharded, as configs/trainer/fsdp.yaml does, or ddp"
-        )
-    if model.automatic_optimization:
-        return
-    for name, is_set in (
-        ("gradient_clip_val", bool(trainer.gradient_clip_val)),
-        ("accumulate_grad_batches", trainer.accumulate_grad_batches != 1),
-    ):
-        if is_set:
-            fail(
-                f"trainer.{name} has no effect, since {type(model).__name__} takes its own optimiser steps: "
-                "leave it out"
-            )
-
-
-def _check_agreement(model: LightningModule, data: LightningDataModule) -> None:
-    """Refuse a model and data that were given different values of one setting."""
-    for name in model.hparams.keys() & data.hparams.keys() - {"_class_path", "_instantiator"}:
-        if model.hparams[name] != data.hparams[name]:
-            fail(
-                f"{name} is {model.hparams[name]} for {type(model).__name__} and {data.hparams[name]} for"
-                f" {type(data).__name__}: give both the same"
-            )
-
-
-def _check_shapes(model: LightningModule, restart: Restart) -> None:
-    configured = model.state_dict()
-    lacks = [name for name in configured if name not in restart.shapes]
-    more = [name for name in restart.shapes if name not in configured]
-    if lacks or more:
-        what = [f"{verb} {names[0]}" for verb, names in (("lacks", lacks), ("has", more)) if names]
-        fail(
-            f"{restart.checkpoint} is of another model: beside {type(model).__name__} as configured it "
-            f"{' and '.join(what)} ({len(lacks) + len(more)} such names); use the configuration of its run"
-        )
-    for name, value in configured.items():
-        saved = restart.shapes[name]
-        if saved != value.shape:
-            fail(
-                f"{restart.checkpoint} is of another model: {name} has the shape {tuple(saved)} in it and "
-                f"{tuple(value.shape)} as configured; use the configuration of its run"
-            )
 
 
 def _silence_third_parties() -> None:

@@ -38,6 +38,10 @@ _DISK = (
 )
 
 
+_EXTRAS = {"wandb": "wandb", "psutil": "monitor"}
+"""Which extra of theria brings an optional package."""
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
     """Write one line to stderr and leave with this status, 2 for wrong input."""
     sys.stderr.write(f"theria: error: {condense(message)}\n")
@@ -70,7 +74,10 @@ def condense(message: str) -> str:
         elif not line.removeprefix("- ").startswith(_NOISE):
             reasons.append(line.removeprefix("- "))
     reasons = list(filter(None, reasons))
-    reason = reasons[0] if "Union subtypes" in message and reasons else " ".join(reasons)
+    if "Union subtypes" in message and reasons:
+        # a constructor that raised says why on the line behind
+        reasons = reasons[: 2 if reasons[0].endswith(":") else 1]
+    reason = " ".join(reasons)
     got = f"; got {value}" if value not in reason else ""
     return key + _in_plain_words(reason) + got
 
@@ -88,7 +95,7 @@ def is_about_settings(error: Exception) -> bool:
     in_a_step = any(frame.name in ("training_step", "validation_step", "test_step") for frame in frames)
     is_a_check = bool(frames) and (frames[-1].line or "").startswith("raise ")
     if isinstance(error, ModuleNotFoundError):
-        return str(error).startswith("Requirement ")
+        return "Requirement '" in str(error)
     if isinstance(error, NotImplementedError):
         return is_a_check
     return isinstance(error, ValueError | TypeError) and is_a_check and not in_a_step
@@ -100,6 +107,9 @@ def is_about_the_disk(error: Exception) -> bool:
 
 
 def _in_plain_words(reason: str) -> str:
+    missing = re.search(r"Requirement '(\w+)[^']*' not met", reason)
+    if missing and missing[1] in _EXTRAS:
+        return f"{missing[1]} is not installed: pip install 'theria[{_EXTRAS[missing[1]]}]'"
     reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
     return re.sub(
         r"Expected a dot import path string: (\S+)",

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -205,6 +205,12 @@ class MemoryLM(LightningModule):
             strategy=self.trainer.strategy,
         )
         self.step_metrics.reduce = self._mean_over_ranks if self.trainer.world_size > 1 else None
+        precision = str(self.trainer.precision)
+        if peak_flops_of(self.device, precision, self.peak_tflops) is None:
+            rank_zero_info(
+                f"perf/mfu is left out: no peak of this {self.device.type} in {precision} is known; "
+                "model.init_args.peak_tflops gives one"
+            )
 
     def on_fit_end(self) -> None:
         """Give back what compiled and captured functions hold."""

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from callbacks.charts import Bands, Chart, Lines, first_row, first_validation, with_interval
@@ -61,6 +62,9 @@ class MetaSeqClassifier(LightningModule):
             autocast; ``on`` insists and raises where it cannot; ``off`` never does.
         optimizer: outer optimiser, called with the parameters.
         lr_scheduler: called with the optimiser and stepped once an outer step; null keeps the rate.
+        gradient_clip_val: norm that the meta-gradient is scaled down to; null leaves it. Here, since
+            ``trainer.gradient_clip_val`` does nothing under manual optimisation. Norms that are logged are
+            those before.
 
     Attributes:
         val_interval: of the newest validation over all its tasks, query accuracy, query loss and support loss
@@ -82,11 +86,14 @@ class MetaSeqClassifier(LightningModule):
         cuda_graph: Literal["auto", "on", "off"] = "auto",
         optimizer: OptimizerCallable = adam,
         lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip_val: float | None = None,
     ) -> None:
         super().__init__()
         check_options(mode, strategy, inner_steps, inner_lr, inner_checkpoint)
         if cuda_graph not in ("auto", "on", "off"):
             raise ValueError(f"cuda_graph must be auto, on or off, got {cuda_graph!r}")
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be positive or null, got {gradient_clip_val}")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.automatic_optimization = False
         self.model = SeqClassifier(width, num_classes, backend=backend, absorb_projections=absorb_projections)
@@ -106,6 +113,9 @@ class MetaSeqClassifier(LightningModule):
             adaptation_curve, self.model, inner_steps=inner_steps, inner_lr=inner_lr, adapt=adapt
         )
         self.cuda_graph = cuda_graph
+        self.gradient_clip_val = gradient_clip_val
+        self._gradient_norms: dict[str, Tensor] = {}
+        self._learning_rate: Tensor | float = 0.0
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.step_metrics = StepMetrics()
         self.val_curve = MeanOverTasks(3 * (inner_steps + 1))
@@ -151,8 +161,18 @@ class MetaSeqClassifier(LightningModule):
         optimizer.step()
         if (scheduler := self.lr_schedulers()) is not None:
             cast(LRScheduler, scheduler).step()
-        self.step_metrics.append(self.trainer.global_step, self._row(result, optimizer.param_groups[0]["lr"]))
+        self.step_metrics.append(self.trainer.global_step, self._row(result))
         self._show_step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Note the rate and the gradient's norms, then clip it; no gradient scaler's factor is in it."""
+        rate = optimizer.param_groups[0]["lr"]
+        self._learning_rate = rate.clone() if isinstance(rate, Tensor) else rate
+        for group in GRADIENT_GROUPS:
+            gradients = [p.grad for p in getattr(self.model, group).parameters() if p.grad is not None]
+            self._gradient_norms[f"grad_norm_{group}"] = torch.nn.utils.get_total_norm(gradients)
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, gradient_clip_algorithm="norm")
 
     def meta_gradient(self, batch: TaskBatch) -> MetaGradient:
         """The configured meta-gradient of one meta-batch, replayed from a CUDA graph where there is one."""
@@ -261,7 +281,7 @@ class MetaSeqClassifier(LightningModule):
             raise MisconfigurationException(f"cuda_graph is on, but {obstacle}; use auto or off")
         return obstacle is None
 
-    def _row(self, result: MetaGradient, learning_rate: float) -> dict[str, Tensor | float]:
+    def _row(self, result: MetaGradient) -> dict[str, Tensor | float]:
         now = time.perf_counter()
         seconds, self._step_started = now - self._step_started, now
         row: dict[str, Tensor | float] = {
@@ -271,10 +291,7 @@ class MetaSeqClassifier(LightningModule):
         }
         for name in ("support_loss_after", "query_accuracy_before"):
             row[name] = getattr(result, name)
-        for group in GRADIENT_GROUPS:
-            gradients = [p.grad for p in getattr(self.model, group).parameters() if p.grad is not None]
-            row[f"grad_norm_{group}"] = torch.nn.utils.get_total_norm(gradients)
-        return row | {"step_seconds": seconds, "learning_rate": learning_rate}
+        return row | self._gradient_norms | {"step_seconds": seconds, "learning_rate": self._learning_rate}
 
     def _mean_over_ranks(self, rows: Tensor) -> Tensor:
         return cast(Tensor, self.all_gather(rows)).mean(0)

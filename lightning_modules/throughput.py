@@ -7,8 +7,22 @@ import torch
 from torch import Tensor
 
 _TERA = 1e12
-_HALF_PRECISION_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
-"""Dense bfloat16 products by part of the device's name, from the makers' data sheets (SXM variants)."""
+_HALF_PRECISION_TFLOPS = {
+    "NVIDIA H200": 989.0,
+    "NVIDIA H200 NVL": 835.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA GeForce RTX 4090": 165.0,
+}
+"""Dense bfloat16 products by the device's whole name, from the makers' data sheets.
+
+A part of the name would take another card, a laptop's chip or a slice of a device (MIG) for it."""
 
 
 def peak_flops_of(device: torch.device, precision: str, configured: float | None) -> float | None:
@@ -23,8 +37,8 @@ def peak_flops_of(device: torch.device, precision: str, configured: float | None
         return configured * _TERA
     if device.type != "cuda" or not precision.startswith(("bf16", "16")):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * _TERA for part, peak in _HALF_PRECISION_TFLOPS.items() if part in name), None)
+    peak = _HALF_PRECISION_TFLOPS.get(torch.cuda.get_device_name(device))
+    return None if peak is None else peak * _TERA
 
 
 class Rate(NamedTuple):

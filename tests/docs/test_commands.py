@@ -37,6 +37,16 @@ RUN_BY = {
         "configs/test_configs.py::test_two_processes_run"
     ),
     "theria fit --config configs/memory_lm.yaml": "configs/test_configs.py::test_it_runs",
+    "theria fit --config configs/memory_lm.yaml --config": (
+        "configs/test_habits.py::test_validation_and_evaluation_see_the_average"
+    ),
+    "theria fit --config configs/memory_lm.yaml --config configs/trainer/learning_rate_search.yaml": (
+        "configs/test_habits.py::test_the_search_suggests_a_rate_and_trains_nothing"
+    ),
+    "theria fit --config configs/meta_seqcls.yaml --config configs/trainer/early_stopping_meta_seqcls.yaml": (
+        "configs/test_habits.py::test_early_stopping_stays_stopped_until_it_gets_more_patience"
+    ),
+    "sbatch": "configs/test_habits.py::test_the_slurm_script_goes_on_until_it_is_done",
     "theria fit --config configs/memory_lm_60m.yaml": "configs/test_configs.py::test_it_runs",
     "theria fit --model.help": (
         "lightning_modules/test_cli.py::test_help_explains_the_model_by_its_short_name"

@@ -55,5 +55,11 @@ def test_the_peak_is_configured_or_known_for_half_precision(monkeypatch):
     assert peak_flops_of(cuda, "32-true", None) is None
     assert peak_flops_of(cpu, "bf16-mixed", None) is None
     assert peak_flops_of(cpu, "32-true", 2.5) == 2.5e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "something new")
-    assert peak_flops_of(cuda, "bf16-mixed", None) is None
+    for name, peak in {
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200 MIG 1g.18gb": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "something new": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops_of(cuda, "bf16-mixed", None) == peak

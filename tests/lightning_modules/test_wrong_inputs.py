@@ -83,6 +83,7 @@ CASES = [
     ("types", "meta", ["--trainer.precision", "17"], "trainer.precision: .*got 17"),
     ("types", "text", ["--model.init_args.dropout", "much"], "dropout: Expected a float.*much"),
     ("ranges", "meta", ["--model.init_args.width", "0"], "width must be a positive integer"),
+    ("ranges", "meta", ["--model.init_args.gradient_clip_val", "0"], "must be positive or null, got 0"),
     ("ranges", "meta", ["--model.init_args.inner_steps", "-1"], "inner_steps .* at least 0, got -1"),
     ("ranges", "meta", ["--model.init_args.optimizer.init_args.lr", "-1"], "Invalid learning rate: -1.0"),
     ("ranges", "meta", ["--data.init_args.meta_batch_size", "0"], "meta_batch_size"),
@@ -113,7 +114,7 @@ CASES = [
         "incompatible options",
         "meta",
         ["--trainer.gradient_clip_val", "1"],
-        "gradient_clip_val has no effect.*leave it out",
+        "gradient_clip_val has no effect.*set model.init_args.gradient_clip_val instead",
     ),
     (
         "incompatible options",

@@ -1,5 +1,6 @@
 """What every benchmark says about where its figures come from, and how it fits growth."""
 
+import importlib
 import importlib.metadata
 import itertools
 import platform
@@ -22,12 +23,21 @@ def provenance(module: str) -> str:
     command = shlex.join(["python", "-m", module, *shown])
     packages = {
         "torch": torch.__version__,
-        "Triton": _version_of("triton"),
+        "Triton": _triton_version(),
+        "flash-linear-attention": _version_of("flash-linear-attention"),
         "Python": platform.python_version(),
     }
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     threads = f"{torch.get_num_threads()} CPU threads"
     return f"Command: `{command}`  \nDevice: {device}, {threads}  \nVersions: {versions}\n"
+
+
+def _triton_version() -> str | None:
+    """Of the package that is imported, which may stand before the one that is installed."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None
 
 
 def _version_of(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """Logs of a run go on in place: no row lost, none twice."""
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
         logger.finalize("success")
 
     log(range(6), 1.0)
+    # files are read in the order of their names, which begin with the second they were opened in
+    time.sleep(1.05)
     log(range(4, 8), 10.0, resumed_step=4)
     expected = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
     events = EventAccumulator(str(tmp_path / "name" / "version_0"))

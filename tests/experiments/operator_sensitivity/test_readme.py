@@ -54,13 +54,25 @@ def test_the_regime_that_was_confirmed():
     assert overlay == yaml.safe_load((RESULTS / "operator_sensitivity_search_regime.yaml").read_text())
 
 
-def test_full_through_attention_without_a_graph_is_below_first_order():
+def test_full_through_attention_without_a_graph():
     good = successful(rows("variants"))
     shared = [name for name in PAIRED if name != "variant"]
     broken = good[(good["variant"] == "raw_kernel_backward") & (good["mode"] == "FULL")]
-    sound = good[(good["variant"] == "baseline") & (good["mode"] == "FO")]
-    both = broken.merge(sound[[*shared, "final_acc"]], on=shared, suffixes=("", "_sound"))
-    found = paired_interval((both["final_acc"] - both["final_acc_sound"]).to_numpy())
-    assert found.count == 8
-    assert found.high < 0
-    assert stated(r"carries no graph ends (NUMBER) below FO") == pytest.approx(-found.mean, abs=5e-4)
+
+    def beside(mode, inner_steps):
+        sound = good[(good["variant"] == "baseline") & (good["mode"] == mode)]
+        both = broken[broken["inner_steps"] == inner_steps].merge(
+            sound[[*shared, "final_acc"]], on=shared, suffixes=("", "_sound")
+        )
+        found = paired_interval((both["final_acc"] - both["final_acc_sound"]).to_numpy())
+        assert found.count == 8
+        assert not found.low <= 0 <= found.high
+        return found.mean
+
+    for pattern, mode, inner_steps, sign in (
+        (r"ends (NUMBER) below FULL through sound attention at one inner step", "FULL", 1, -1),
+        (r"\(and (NUMBER) below FO\)", "FO", 1, -1),
+        (r"(NUMBER) below it at 5", "FULL", 5, -1),
+        (r"(NUMBER) above it at 20", "FULL", 20, 1),
+    ):
+        assert stated(pattern) == pytest.approx(sign * beside(mode, inner_steps), abs=5e-4)

@@ -45,12 +45,23 @@ class TrainingForward:
         if not self._to_be_captured(tokens):
             return self._outputs(*inputs)
         if self._captured is None:
-            parameters = [p for p in self._model.parameters() if p.requires_grad]
-            self._captured = CapturedTraining(self._tensors, inputs, parameters)
+            self._captured = self._capture(inputs)
         if not self._captured.fits(inputs):
             return self._outputs(*inputs)
         logits, *gates = self._captured(*inputs)
         return logits, gates[0] if gates else None
+
+    def _capture(self, inputs: tuple[Tensor, Tensor]) -> CapturedTraining:
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        try:
+            return CapturedTraining(self._tensors, inputs, parameters)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise MisconfigurationException(
+                "training's forward and backward could not be captured in CUDA graphs, where nothing may wait"
+                f" for the device: {error}; model.init_args.cuda_graph: off does without"
+            ) from error
 
     def _outputs(self, tokens: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         output = self._forward(tokens, segment_ids=segment_ids)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_modules import training_forward
 from lightning_modules.training_forward import TrainingForward
 from theria.cuda_graph import CapturedFunction, CapturedTraining
 from theria.maml import meta_gradient
@@ -215,3 +216,26 @@ def test_a_graph_that_cannot_be_is_refused_where_it_is_demanded():
     assert gates is not None
     with pytest.raises(ValueError, match="needs its inputs on a CUDA device"):
         CapturedTraining(lambda x: (x,), [torch.zeros(1)], [])
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "said"),
+    [
+        (
+            RuntimeError("stream is capturing"),
+            MisconfigurationException,
+            "stream is capturing; model.init_args",
+        ),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "^no memory$"),
+    ],
+)
+def test_a_capture_that_fails_says_how_to_do_without(monkeypatch, failure, raised, said):
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(training_forward, "CapturedTraining", fail)
+    monkeypatch.setattr(TrainingForward, "_to_be_captured", lambda *_: True)
+    model = MemoryLM(40, width=16, blocks=1, heads=2, window=4, memory_heads=0)
+    forward = TrainingForward(model, compiled=False, cuda_graph="auto")
+    with pytest.raises(raised, match=said):
+        forward(torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 6, dtype=torch.int64))

@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
 ATTENTION = r"E 64, bfloat16, causal\n.*?\| {row} \|(?: [^|]*\|){{3}} [\d.]+ ms \({factor}x\), {memory} MiB"
 FACTOR, NUMBER = r"([\d.]+)", r"([+-]?[\d,]*\.?\d+)"
-# A line of the README by its beginning, and in order for each of its figures: the page, and where it is there.
+# A line of the README by its beginning, and in order for each of its figures: the page, and the place there.
 LINES = {
     "forward, backward and double backward": [
         ("attention", ATTENTION.format(row="torch MATH", factor=FACTOR, memory=r"\d+")),

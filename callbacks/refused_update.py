@@ -1,5 +1,6 @@
 """Optimiser steps that do not happen where their gradient is not finite."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from callbacks.sharded_parameters import own_part
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def largest_gradient(optimizer: Optimizer) -> Tensor | None:
@@ -34,8 +37,9 @@ class UpdateGuard:
     Where the flag is on the host, the gradients are taken away, which every optimiser of torch reads as
     nothing to do. A flag on another device is not read: fused Adam and AdamW take it as they take a gradient
     scaler's, and for any other the update is undone on the device (one more copy of parameters and state a
-    step; a step counter that an optimiser keeps on the host moves on all the same). Fused SGD is among the
-    others, because torch leaves its momentum uninitialised where its first step is refused.
+    step, in a few launches for all of them; a step counter that an optimiser keeps on the host moves on all
+    the same). Fused SGD is among the others, because torch leaves its momentum uninitialised where its first
+    step is refused.
 
     Args:
         optimizer: whose steps to guard, until ``release``.
@@ -65,9 +69,12 @@ class UpdateGuard:
         if takes_flag and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = refused.to(torch.float32)  # type: ignore[attr-defined]
         else:
-            self._before = {
-                tensor: own_part(tensor.detach()).clone() for tensor in self._tensors(refused.device)
-            }
+            tensors = self._tensors(refused.device)
+            parts = [own_part(tensor.detach()) for tensor in tensors]
+            copies = [torch.empty_like(part) for part in parts]
+            if parts:
+                torch._foreach_copy_(copies, parts)
+            self._before = dict(zip(tensors, copies, strict=True))
 
     def release(self) -> None:
         """Stop guarding."""
@@ -81,11 +88,19 @@ class UpdateGuard:
             del optimizer.found_inf
             return
         before, self._before = self._before, {}
-        with torch.no_grad():
-            for tensor in self._tensors(refused.device):
-                # what the step has made itself started from zeros
-                old, part = before.get(tensor), own_part(tensor)
-                torch.where(refused, torch.zeros_like(part) if old is None else old, part, out=part)
+        pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for tensor in self._tensors(refused.device):
+            part = own_part(tensor.detach())
+            old = before.get(tensor)
+            # what the step has made itself started from zeros
+            bits = _bits(part)
+            pairs[bits.dtype].append((bits, torch.zeros_like(bits) if old is None else _bits(old)))
+        for dtype, both in pairs.items():
+            # as integers, whose sums wrap around: new = old + (new - old) to the bit, whatever is not finite
+            new, old_bits = map(list, zip(*both, strict=True))
+            torch._foreach_sub_(new, old_bits)
+            torch._foreach_mul_(new, (~refused).to(dtype))
+            torch._foreach_add_(new, old_bits)
 
     def _tensors(self, device: torch.device) -> list[Tensor]:
         """The parameters that have a gradient, and what the optimiser keeps of them on this device."""
@@ -95,6 +110,12 @@ class UpdateGuard:
             kept = (value for value in state.values() if isinstance(value, Tensor))
             found += [parameter, *(value for value in kept if value.device == device)]
         return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(_INTEGERS[real.element_size()])
 
 
 def _with_gradient(optimizer: Optimizer) -> list[Tensor]:

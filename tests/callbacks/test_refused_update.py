@@ -88,6 +88,26 @@ def test_a_good_step_is_the_optimisers_own(name: str) -> None:
         torch.testing.assert_close(state["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])
+def test_an_update_is_undone_to_the_bit_in_any_dtype(dtype: torch.dtype) -> None:
+    trained = [torch.nn.Parameter(torch.randn(3, 2).to(dtype)), torch.nn.Parameter(torch.randn(4))]
+    with torch.no_grad():
+        trained[1][0], trained[1][1] = -0.0, torch.inf
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.SGD(trained, 0.1, momentum=0.9)
+    guard = UpdateGuard(optimizer)
+    for refused in (True, False):
+        for p in trained:
+            p.grad = torch.full_like(p, torch.nan if refused else 1.0)
+        guard.refuse_on_device_if(torch.tensor(refused))
+        optimizer.step()
+        if refused:
+            assert all(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+            assert torch.signbit(trained[1][0])
+    assert not torch.equal(trained[0], before[0])
+    assert trained[0].isfinite().all()
+
+
 def test_the_largest_gradient_overflows_nowhere() -> None:
     trained = parameters()
     optimizer = torch.optim.SGD(trained, 0.1)

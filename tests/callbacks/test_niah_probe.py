@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked_runs import Run, in_forks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -359,11 +358,9 @@ def test_two_processes_are_probed_by_the_first(tmp_path):
         {"class_path": "MetricsJSONL"},
     ]
     (tmp_path / "ddp.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", str(tmp_path / "ddp.yaml")]
-    command += ["--save_dir", str(tmp_path), "--name", "ddp"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stderr.count("NIAHProbe: at step 2 of the needles in prompts") == 1
+    arguments = ["fit", "--config", str(tmp_path / "ddp.yaml"), "--save_dir", str(tmp_path), "--name", "ddp"]
+    said = in_forks(tmp_path, [Run("ddp", arguments, processes=2)])["ddp"]
+    assert said.count("NIAHProbe: at step 2 of the needles in prompts") == 1
     table = read_metrics(tmp_path / "ddp" / "version_0" / "metrics.jsonl")
     assert table["niah_accuracy"].notna().tolist() == [False, True, False, True]
 

@@ -3,16 +3,14 @@
 import dataclasses
 import importlib.util
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 import yaml
 
 import callbacks
@@ -141,12 +139,10 @@ def test_it_runs(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_run(engine: str) -> None:
-    """The launcher repeats the command line for the second process, so it must be a real one."""
+    """The launcher repeats the command line for the second process, which is a new interpreter."""
     overlay = CONFIGS / "trainer" / f"{engine}.yaml"
-    command = [sys.executable, "-m", "lightning_modules.cli", *arguments(overlay)]
     small = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *small], env=environment, capture_output=True, text=True, timeout=120)
+    done = warm_python.run(None, [*arguments(overlay), *small], cwd=Path.cwd(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr
     assert "max_steps=1` reached" in done.stderr

@@ -2,13 +2,11 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 import yaml
 from small_jobs import BASE, CONFIGS, NAME, TRAINER, write_jobs
 
@@ -42,16 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         settings = {"max_steps": 14, "val_check_interval": 4, "callbacks": callbacks}
         (jobs / "habits.yaml").write_text(yaml.safe_dump({"trainer": settings}))
         made[job] = tmp_path_factory.mktemp(job)
-        script = [sys.executable, str(CONFIGS.parent / "tests" / "lightning_modules" / "killed_runs.py")]
         files = [str(BASE[job]), str(jobs / f"{job}.yaml"), str(jobs / "habits.yaml")]
-        done = subprocess.run(
-            [*script, str(made[job]), ",".join(["whole", *KILLS]), *files],
-            env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        program = CONFIGS.parent / "tests" / "lightning_modules" / "killed_runs.py"
+        done = warm_python.run(program, [str(made[job]), ",".join(["whole", *KILLS]), *files])
         assert done.returncode == 0, done.stderr
     return made
 

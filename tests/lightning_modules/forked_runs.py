@@ -2,7 +2,7 @@
 
 `in_forks` calls this file as a program, `python forked_runs.py DIRECTORY`, which does the runs of
 DIRECTORY/runs.json one after the other. Processes of one run are told of each other as by a launcher from
-outside; Lightning's own launcher is tested in tests/configs and tests/callbacks/test_niah_probe.py.
+outside; Lightning's own launcher is tested in tests/configs.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import warm_python
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -61,11 +62,7 @@ class Run(NamedTuple):
 def in_forks(directory: Path, runs: list[Run]) -> dict[str, str]:
     """Do them; what each run said, by its name."""
     (directory / "runs.json").write_text(json.dumps(runs))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(directory)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
+    done = warm_python.run(Path(__file__), [str(directory)])
     return said_by(directory, runs, done.returncode, done.stderr)
 
 
@@ -78,7 +75,8 @@ def in_processes(directory: Path, runs: list[Run]) -> dict[str, str]:
         with (directory / f"{run.name}.log").open("w") as log:
             for rank in range(run.processes):
                 command = [sys.executable, __file__, str(directory), str(number)]
-                environment = os.environ | {"PYTHONPATH": str(ROOT)} | of_rank(run, rank, port)
+                environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+                environment |= of_rank(run, rank, port)
                 processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment))
     end = time.monotonic() + 300
     try:

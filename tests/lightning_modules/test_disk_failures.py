@@ -3,13 +3,13 @@
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 import yaml
 
 from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
@@ -83,8 +83,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def fit(disk: Path, configuration: Path, *more: str) -> subprocess.CompletedProcess[str]:
     configuration.write_text(yaml.safe_dump(SMALL))
     configs = ["--config", "configs/meta_seqcls.yaml", "--config", str(configuration)]
-    command = [sys.executable, "-m", "lightning_modules.cli", "fit", *configs, "--save_dir", str(disk), *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return warm_python.run(None, ["fit", *configs, "--save_dir", str(disk), *more])
 
 
 def said(run: subprocess.CompletedProcess[str]) -> str:

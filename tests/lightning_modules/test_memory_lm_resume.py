@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+import warm_python
 import yaml
 
 from callbacks import read_metrics
@@ -83,14 +81,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (directory / "small.yaml").write_text(yaml.safe_dump(SMALL))
     kills = ",".join(["whole", *KILLS])
-    script = [sys.executable, str(HERE / "killed_runs.py"), str(directory), kills]
-    done = subprocess.run(
-        [*script, str(MAIN_CONFIG), str(directory / "small.yaml")],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    configs = [str(MAIN_CONFIG), str(directory / "small.yaml")]
+    done = warm_python.run(HERE / "killed_runs.py", [str(directory), kills, *configs])
     assert done.returncode == 0, done.stderr
     return directory
 

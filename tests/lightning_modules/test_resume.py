@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+import warm_python
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -78,20 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of all runs, made by one process that forks them."""
     directory = tmp_path_factory.mktemp("runs")
     (directory / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "killed_runs.py"),
-            str(directory),
-            "all",
-            str(MAIN_CONFIG),
-            str(directory / "small.yaml"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    configs = [str(MAIN_CONFIG), str(directory / "small.yaml")]
+    done = warm_python.run(HERE / "killed_runs.py", [str(directory), "all", *configs])
     assert done.returncode == 0, done.stderr
     return directory
 

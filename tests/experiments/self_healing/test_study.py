@@ -6,13 +6,12 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 
 from callbacks import PPLDeltaRollback
 from callbacks.perplexity_baseline import PerplexityBaseline
@@ -53,7 +52,6 @@ def tiny_job() -> Any:
 
 
 PROGRAM = Path(__file__).with_name("tiny_job.py")
-ROOT = PROGRAM.parents[3]
 JOB = tiny_job()
 TINY, STEPS, run_of = JOB.TINY, JOB.STEPS, JOB.run_of
 
@@ -68,13 +66,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of all runs."""
     directory = tmp_path_factory.mktemp("work")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(directory), HEALTHY, *COUNTED, "for_ever"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = warm_python.run(PROGRAM, [str(directory), HEALTHY, *COUNTED, "for_ever"])
     assert done.returncode == 0, done.stderr
     return directory
 

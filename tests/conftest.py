@@ -1,5 +1,6 @@
 """Shapes declared with jaxtyping are checked at run time in every test."""
 
+import importlib.util
 import logging
 import os
 from collections import Counter
@@ -8,10 +9,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from run_time_checks import check_at_run_time
+from triton_interpreter import replace_language_once_a_launch
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it has to stand before theria is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        replace_language_once_a_launch()
 
 # Tensors are small here: a second thread costs more than it brings, above all beside another program.
 torch.set_num_threads(1)

@@ -26,6 +26,7 @@ from callbacks.dashboard import charts_of, hyper_parameters
 from lightning_modules.cli import main
 
 pytestmark = [
+    pytest.mark.slow,
     # Lightning's own use of torch.utils._pytree, from torch 2.13 on
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
     # Lightning's cli.py calls jsonargparse by names that are going away

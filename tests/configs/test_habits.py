@@ -34,6 +34,7 @@ from lightning_modules.memory_lm import MemoryLM
 from theria.models.flops import training_flops_per_token
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -267,9 +268,9 @@ def test_mfu_is_left_out_with_a_line_where_no_peak_is_known(
 
 @both
 def test_the_pytorch_profiler_writes_a_trace(jobs: Path, job: str) -> None:
-    main(
-        fit_arguments(jobs, job, "profiler_pytorch", "--trainer.max_steps=6", "--trainer.limit_val_batches=0")
-    )
+    fewer = ["--trainer.max_steps=6", "--trainer.limit_val_batches=0"]
+    fewer += ["--model.init_args.blocks=1"] if job == "text" else []
+    main(fit_arguments(jobs, job, "profiler_pytorch", *fewer))
     (trace,) = run_directory(job).glob("fit-profile-*.training_step.*.pt.trace.json")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "ProfilerStep#3" in names

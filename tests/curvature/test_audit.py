@@ -53,6 +53,7 @@ CASES = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(SEARCH, max_examples=200)
 @given(
     name=st.sampled_from(list(SOUND)),

@@ -1,5 +1,6 @@
 """Gradients by hooks against one backward a sample, torch.func, and whatever a loop would store."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from families import (
 )
 from torch.func import functional_call, grad, vmap
 
-from theria.interference import collect
+from theria.interference import collect, compute
 from theria.interference.hooks import LinearMap, factors_by_sample
 from theria.interference.store import (
     Factors,
@@ -300,6 +301,28 @@ def test_a_long_sample_is_kept_as_the_gradient_itself():
     assert isinstance(gradients.store[0]["v_proj"], Factors)
     assert isinstance(gradients.store[1]["v_proj"], Whole)
     assert_kept(model, gradients, autograd_gradients(model, class_loss, drawn))
+
+
+def test_an_autocast_around_it_all_stays_out_of_its_arithmetic():
+    """The loss chooses the model's precision; products of factors, squares and scores stay in float32."""
+    model = build("llama").float()
+    drawn = samples("llama", 3) + samples("llama", 3, seed=1, least=20, most=24)
+
+    def loss(model, tokens):
+        with torch.autocast("cpu", enabled=False):
+            return token_loss(model, tokens)
+
+    with pytest.warns(UserWarning, match="fewer than"):
+        expected = compute(model, loss, drawn[:3], drawn[3:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = collect(model, loss, drawn)
+        with pytest.warns(UserWarning, match="fewer than"):
+            found = compute(model, loss, drawn[:3], drawn[3:])
+    assert any(isinstance(g, Whole) for g in gradients.store[5].values())
+    assert_kept(model, gradients, autograd_gradients(model, loss, drawn), rtol=1e-5)
+    for variant in expected.variants:
+        for block in expected.blocks:
+            np.testing.assert_array_equal(found.scores[variant][block], expected.scores[variant][block])
 
 
 def test_separate_projections_share_one_copy_of_their_input():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from theria.interference.hooks import Calls, LinearMap, factors_by_sample
 from theria.interference.layout import AttentionLayer
+from theria.interference.precision import full_precision
 from theria.interference.store import Factors, Gradient, GradientStore, Whole
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -126,15 +127,18 @@ class _Recorder:
             _check_loss(loss, count)
             asked = sorted(self.unchecked | self.by_autograd)
             parameters = {name: self.linears[name].parameters for name in asked}
-            outputs, found = calls.backward(loss.sum(), [p for pair in parameters.values() for p in pair])
+            # a loss that left its autocast is differentiated outside of it, as by loss.backward() there
+            with torch.autocast(loss.device.type, enabled=False):
+                outputs, found = calls.backward(loss.sum(), [p for pair in parameters.values() for p in pair])
         remaining = iter(found)
         own = {name: [next(remaining) for _ in pair] for name, pair in parameters.items()}
         factors = factors_by_sample(outputs, count, self.device)
-        for name in sorted(self.unchecked):
-            self._check(
-                name, [f[name] for f in factors if name in f], own[name][0], batched=count is not None
-            )
-        return [self._record(sample, own) for sample in factors]
+        with full_precision(self.device):
+            for name in sorted(self.unchecked):
+                self._check(
+                    name, [f[name] for f in factors if name in f], own[name][0], batched=count is not None
+                )
+            return [self._record(sample, own) for sample in factors]
 
     def _check(
         self, name: str, factors: Sequence[Factors], expected: Tensor | None, *, batched: bool

@@ -51,8 +51,8 @@ def compute(
 
     Equations and their meaning stand in `theria.interference`. Gradients are taken at the model's parameters
     in the mode it is in; put it into evaluation mode where dropout is not wanted. Neither parameters nor
-    their ``.grad`` are changed. A sample whose loss has no gradient, or none that is finite, in a layer's
-    block has NaN for scores there and counts nowhere else.
+    their ``.grad`` are changed. A sample whose loss has no gradient in a layer's block, none that is finite
+    or none whose squares are (above 1e16 in float32), has NaN for scores there and counts nowhere else.
 
     Args:
         model: any module with attention, see ``layout``.

@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     add("--task-a", type=Path, required=True, help="text, a sample a paragraph, or .jsonl, a sample a line")
     add("--task-b", type=Path, required=True, help="likewise")
     add("--out", type=Path, required=True, help="folder to write to")
-    add("--samples", type=int, default=32, help="of each task, the first of its file")
-    add("--max-tokens", type=int, default=128, help="of a sample")
+    add("--samples", type=_positive, default=32, help="of each task, the first of its file")
+    add("--max-tokens", type=_positive, default=128, help="of a sample")
     add("--field", default="text", help="of a .jsonl file's objects")
     add("--tokenizer", help="byte, or a JSON file of the tokenizers package; the model's own by default")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
@@ -46,14 +46,26 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--memory-mib", type=float, default=2048, help="for gradients and scores, beside the model")
     add("--test", default="signed", choices=("", *VARIANTS), help="variant to test; '' for none")
-    add("--level", type=float, default=0.05, help="of the tests")
+    add("--level", type=_share, default=0.05, help="of the tests")
     add("--correction", default="bh", choices=CORRECTIONS, help="of the tests, for the number of heads")
-    add("--permutations", type=int, help="of labels; as many as the level takes by default")
-    add("--confidence", type=float, default=0.95, help="of intervals")
-    add("--resamples", type=int, default=2000, help="of the bootstrap")
+    add("--permutations", type=_positive, help="of labels; as many as the level takes by default")
+    add("--confidence", type=_share, default=0.95, help="of intervals")
+    add("--resamples", type=_positive, default=2000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of permutations and resamples")
-    add("--top", type=int, default=10, help="rows of the report's tables")
+    add("--top", type=_positive, default=10, help="rows of the report's tables")
     return found
+
+
+def _positive(given: str) -> int:
+    if (value := int(given)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _share(given: str) -> float:
+    if not 0 < (value := float(given)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
 
 
 def study_parser() -> argparse.ArgumentParser:

@@ -31,11 +31,13 @@ class LanguageModel:
         name: what was loaded.
         model: gives an object with ``logits`` (batch, length, vocabulary) for tokens (batch, length).
         encode: tokens of a text, with what stands before it.
+        positions: tokens that it can read at once; None for any number.
     """
 
     name: str
     model: nn.Module
     encode: Callable[[str], Tensor]
+    positions: int | None = None
 
 
 def token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -99,6 +101,7 @@ def _hugging_face(directory: Path, tokenizer: str | None) -> LanguageModel:
     except ImportError as error:
         raise InputError("hf: needs the package transformers: pip install theria[hf]") from error
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    positions = getattr(model.config, "max_position_embeddings", None)
     if tokenizer is None:
         try:
             own = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -106,13 +109,17 @@ def _hugging_face(directory: Path, tokenizer: str | None) -> LanguageModel:
             raise InputError(
                 f"{directory} has no tokenizer that can be read: name one with --tokenizer"
             ) from error
-        return LanguageModel(str(directory), model, lambda text: torch.tensor(own(text)["input_ids"]))
+
+        def encode(text: str) -> Tensor:
+            return torch.tensor(own(text)["input_ids"])
+
+        return LanguageModel(str(directory), model, encode, positions)
     reader = _tokenizer(tokenizer)
     if reader.num_tokens > model.config.vocab_size:
         raise InputError(
             f"{directory} knows {model.config.vocab_size} tokens, the tokenizer {reader.num_tokens}"
         )
-    return LanguageModel(str(directory), model, lambda text: reader.encode([text.encode()])[0])
+    return LanguageModel(str(directory), model, lambda text: reader.encode([text.encode()])[0], positions)
 
 
 def _tokenizer(name: str) -> Tokenizer:

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,16 +33,24 @@ def run(args: argparse.Namespace) -> Path:
         read_task(path, model, samples=args.samples, max_tokens=args.max_tokens, field=args.field)
         for path in (args.task_a, args.task_b)
     )
-    gradients = _collect(args, model, task_a, task_b)
-    halves = range(len(task_a.ids)), range(len(task_a.ids), len(gradients))
-    ridge = _ridge(args.ridge)
-    result = score(gradients, *halves, variants=args.variants, fisher=args.fisher, ridge=ridge)
-    tests = _tests(args, gradients, halves, ridge)
+    ridge, layout = _ridge(args.ridge), _layout(args.layout)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda, but no CUDA device is available")
+    try:
+        gradients = _collect(args, model, task_a, task_b, layout)
+        halves = range(len(task_a.ids)), range(len(task_a.ids), len(gradients))
+        result = score(gradients, *halves, variants=args.variants, fisher=args.fisher, ridge=ridge)
+        tests = _tests(args, gradients, halves, ridge)
+    except ValueError as error:
+        # what the library says of arguments that do not fit the model
+        raise InputError(str(error)) from error
     args.out.mkdir(parents=True, exist_ok=True)
     return _write(args, model, (task_a, task_b), result, tests)
 
 
-def _collect(args: argparse.Namespace, model: LanguageModel, task_a: Task, task_b: Task) -> SampleGradients:
+def _collect(
+    args: argparse.Namespace, model: LanguageModel, task_a: Task, task_b: Task, layout: dict[str, Any] | None
+) -> SampleGradients:
     device = torch.device(args.device)
     return collect(
         model.model.to(device),
@@ -50,7 +59,7 @@ def _collect(args: argparse.Namespace, model: LanguageModel, task_a: Task, task_
         ids=(*task_a.ids, *task_b.ids),
         layers=args.layers,
         blocks=args.blocks,
-        layout=None if args.layout is None else json.loads(args.layout),
+        layout=layout,
         computation_device=args.device,
         memory_budget_mib=args.memory_mib,
     )
@@ -118,6 +127,16 @@ def _provenance(args: argparse.Namespace) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()) if value is not None)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"Settings: `{settings}`  \nDevice: {device_name(args.device)}  \nVersions: {versions}\n"
+
+
+def _layout(given: str | None) -> dict[str, Any] | None:
+    try:
+        found = None if given is None else json.loads(given)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--layout is not JSON: {error}") from error
+    if not isinstance(found, dict | None):
+        raise InputError(f"--layout must be a JSON object, received {given}")
+    return found
 
 
 def _ridge(given: str) -> Ridge:

@@ -1,7 +1,8 @@
 """The samples of a task, from a file of text or of JSON lines."""
 
 import json
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def read_task(path: Path, model: LanguageModel, *, samples: int, max_tokens: int
         field: of the objects.
 
     Raises:
-        InputError: the file cannot be read or has no sample.
+        InputError: the file cannot be read, has no sample, several of one id, or one too long for the model.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -58,7 +59,19 @@ def read_task(path: Path, model: LanguageModel, *, samples: int, max_tokens: int
     if not found:
         raise InputError(f"{path} has no sample of at least {_LEAST_TOKENS} tokens")
     ids, texts, tokens_of = zip(*found, strict=True)
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{path} calls several samples by the same id: {_repeated(ids)}")
+    longest = max(map(len, tokens_of))
+    if model.positions is not None and longest > model.positions:
+        raise InputError(
+            f"{path} has a sample of {longest} tokens, but {model.name} reads {model.positions} at once: "
+            "lower --max-tokens"
+        )
     return Task(path.name, ids, texts, tokens_of)
+
+
+def _repeated(ids: Sequence[Hashable]) -> list[Hashable]:
+    return [name for name, times in Counter(ids).items() if times > 1][:10]
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:

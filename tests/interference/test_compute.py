@@ -230,6 +230,30 @@ def test_entries_without_information_are_counted_and_left_out():
     assert (result.diagnostics["O"].zero_share == 0).all()
 
 
+@pytest.mark.parametrize("factor", [1e19, 1e30])
+@pytest.mark.parametrize("length", [3, 24])
+def test_gradients_whose_squares_overflow_are_missing_and_named(factor, length):
+    """One such sample would make the Fisher information infinite, and all scores 0."""
+    model = build("llama").float()
+    drawn = samples("llama", 4) + samples("llama", 1, least=length, most=length)
+
+    def loss(model, tokens):
+        return token_loss(model, tokens) * (factor if tokens is drawn[4] else 1)
+
+    with pytest.warns(UserWarning, match=r"1 samples .* too large to be squared, .* missing: \[4\]"):
+        gradients = collect(model, loss, drawn)
+    assert not gradients.store[4]
+    with pytest.warns(UserWarning, match="fewer than"):
+        found = score(gradients, range(5), range(4))
+    expected = score(gradients, range(4), range(4), min_samples_for_fisher=1)
+    for block in "QKVO":
+        assert found.missing_a[block][:, 0].tolist() == [False] * 4 + [True]
+        for variant in found.variants:
+            wanted = expected.scores[variant][block]
+            np.testing.assert_allclose(found.scores[variant][block][:4], wanted, rtol=1e-4, atol=1e-4)
+            assert np.isnan(found.scores[variant][block][4]).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_are_missing_and_named(gpt2, value):
     drawn = samples("gpt2", 4)

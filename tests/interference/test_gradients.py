@@ -1,5 +1,9 @@
 """Gradients by hooks against one backward a sample, torch.func, and whatever a loop would store."""
 
+import gc
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +19,7 @@ from families import (
 )
 from torch.func import functional_call, grad, vmap
 
-from theria.interference import collect
+from theria.interference import collect, compute
 from theria.interference.hooks import LinearMap, factors_by_sample
 from theria.interference.store import (
     Factors,
@@ -302,6 +306,28 @@ def test_a_long_sample_is_kept_as_the_gradient_itself():
     assert_kept(model, gradients, autograd_gradients(model, class_loss, drawn))
 
 
+def test_an_autocast_around_it_all_stays_out_of_its_arithmetic():
+    """The loss chooses the model's precision; products of factors, squares and scores stay in float32."""
+    model = build("llama").float()
+    drawn = samples("llama", 3) + samples("llama", 3, seed=1, least=20, most=24)
+
+    def loss(model, tokens):
+        with torch.autocast("cpu", enabled=False):
+            return token_loss(model, tokens)
+
+    with pytest.warns(UserWarning, match="fewer than"):
+        expected = compute(model, loss, drawn[:3], drawn[3:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = collect(model, loss, drawn)
+        with pytest.warns(UserWarning, match="fewer than"):
+            found = compute(model, loss, drawn[:3], drawn[3:])
+    assert any(isinstance(g, Whole) for g in gradients.store[5].values())
+    assert_kept(model, gradients, autograd_gradients(model, loss, drawn), rtol=1e-5)
+    for variant in expected.variants:
+        for block in expected.blocks:
+            np.testing.assert_array_equal(found.scores[variant][block], expected.scores[variant][block])
+
+
 def test_separate_projections_share_one_copy_of_their_input():
     gradients = collect(build("llama"), token_loss, samples("llama", 1, most=4))
     record = gradients.store[0]
@@ -327,6 +353,12 @@ def test_tokens_are_dropped_where_no_map_of_their_input_has_a_gradient():
         assert torch.equal(found[name].outputs, outputs[0, rows])
 
 
+def mapped(directory):
+    """How many files below a directory this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.split(maxsplit=5)[5] for line in lines if str(directory) in line})
+
+
 def test_records_beyond_the_memory_are_mapped_files(tmp_path):
     torch.manual_seed(0)
 
@@ -345,15 +377,17 @@ def test_records_beyond_the_memory_are_mapped_files(tmp_path):
     for one in records:
         store.append(one)
     assert (len(store), store.held_bytes, store.spilled_bytes) == (4, size, 2 * size)
-    (directory,) = tmp_path.iterdir()
-    assert len(list(directory.iterdir())) == 2
+    # mapped, and without a name that a killed process would leave
+    assert mapped(tmp_path) == 2
+    assert not list(tmp_path.iterdir())
     for number, one in enumerate(records):
         for name, gradient in one.items():
             for found, wanted in zip(store[number][name], gradient, strict=True):
                 assert (found is None and wanted is None) or torch.equal(found, wanted)
     assert store[1]["q"].inputs is store[1]["k"].inputs
-    del store
-    assert not list(tmp_path.iterdir())
+    del store, found
+    gc.collect()
+    assert not mapped(tmp_path)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])

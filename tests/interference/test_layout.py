@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import HUGGING_FACE, OURS, autograd_gradients, build, family, loss_of, samples
+from families import HUGGING_FACE, OURS, SIZES, autograd_gradients, build, family, loss_of, samples
 from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
 
 from theria.interference import detect_layout, layout_from
 from theria.interference.layout import fused_features
@@ -172,6 +173,18 @@ def test_fused_orders():
         fused_features("qvk", 4, 2, 2)
 
 
+def test_an_output_projection_called_dense_is_found_within_attention_alone():
+    sizes = {**SIZES, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(**sizes, num_key_value_heads=2))
+    assert [x.projections["O"].module for x in detect_layout(model)] == [
+        f"model.layers.{layer}.self_attn.dense" for layer in range(2)
+    ]
+    attention = SilentAttention(num_heads=2)
+    del attention.o_proj
+    (layer,) = detect_layout(nn.ModuleDict({"attention": attention, "dense": nn.Linear(8, 8)}))
+    assert set(layer.projections) == set("QKV")
+
+
 class OddAttention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -185,6 +198,13 @@ class SilentAttention(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(8, value), nn.Linear(query, 8)
         for name, size in attributes.items():
             setattr(self, name, size)
+
+
+class OddOutput(SilentAttention):
+    def __init__(self):
+        super().__init__(num_heads=2)
+        self.mix = self.o_proj
+        del self.o_proj
 
 
 @pytest.mark.parametrize(
@@ -201,6 +221,7 @@ class SilentAttention(nn.Module):
             r"qkv_proj.weight \(24, 8\)",
         ),
         (SilentAttention(), "tells neither its number of heads nor their width: q_proj.weight"),
+        (OddOutput(), "OddOutput at '' may have its output projection in 'mix': q_proj.weight .*'o' is None"),
         (SilentAttention(num_heads=3), "{'heads': 3}, do not fit the shapes"),
         (SilentAttention(num_heads=2, head_dim=8), "{'heads': 2, 'head_dim': 8}, do not fit"),
         (SilentAttention(key=6, value=6, head_dim=2), "do not fit the shapes"),

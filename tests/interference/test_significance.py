@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+import tracemalloc
 
 import families
 import numpy as np
@@ -331,6 +332,47 @@ def test_as_many_permutations_as_needed_are_enough_and_one_fewer_is_refused(corr
     assert tested.significant("Q").tolist() == [[True, False, False, False, False]]
     with pytest.raises(ValueError, match=rf"{needed - 1} permutations cannot .* it takes {needed}"):
         label_permutation(pair_scores(found), 12, permutations=needed - 1, **options)
+
+
+def rounded(pairs):
+    """Symmetric scores as products in float32 give them, not quite symmetric."""
+    errors = np.random.default_rng(2).uniform(-3e-8, 3e-8, size=pairs.shape) * np.abs(pairs).max()
+    return (pairs + errors).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
+def test_rounding_errors_neither_make_labellings_nor_sure_findings(scale):
+    pairs = pair_scores(gradients(np.random.default_rng(3), 6, heads=40))["Q"]
+    pairs[0, 1] = pairs[1, 0] = 0  # an error of which is all there is
+    with pytest.raises(TooFewSamplesError, match="have 10 distinct labellings"):
+        label_permutation({"Q": scale * rounded(pairs)}, 3, correction="max_t")
+    with pytest.raises(TooFewSamplesError, match="have 10 distinct labellings"):
+        label_permutation({"Q": scale * pairs}, 3, correction="max_t")
+    # directions of magnitudes differ at any scale
+    directional = pair_scores(gradients(np.random.default_rng(3), 6), "directional")["Q"]
+    assert label_permutation({"Q": scale * directional}, 3, correction="max_t").permutations == 20
+
+
+@pytest.mark.parametrize("alternative", ["less", "two-sided"])
+def test_exchanged_tasks_have_the_same_mean_in_single_precision(alternative):
+    pairs = pair_scores(gradients(np.random.default_rng(4), 8, heads=30))["Q"]
+    options = {"alternative": alternative, "correction": "max_t", "level": 0.2}
+    exact = label_permutation({"Q": pairs}, 4, **options)
+    found = label_permutation({"Q": rounded(pairs)}, 4, **options)
+    np.testing.assert_array_equal(found.p_values["Q"], exact.p_values["Q"])
+    np.testing.assert_array_equal(found.adjusted["Q"], exact.adjusted["Q"])
+
+
+def test_relabelled_means_of_all_heads_are_never_held_at_once():
+    pairs = np.random.default_rng(5).normal(size=(12, 12, 20, 20)).astype(np.float32)
+    for correction in ("bh", "max_t"):
+        tracemalloc.start()
+        tested = label_permutation({"Q": pairs}, 5, correction=correction, level=0.9, permutations=700)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert tested.permutations == 701
+        # the means would be 2.1 MiB, the scores are 0.2
+        assert peak < 8 * 701 * 400
 
 
 @pytest.mark.parametrize(("count_a", "labellings_there"), [(2, 15), (3, 10)])

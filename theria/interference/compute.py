@@ -2,8 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from theria.interference.fisher import FISHERS, Ridge, as_ridge, samples_behind
 from theria.interference.gradients import LossFn, SampleGradients, record_gradients
 from theria.interference.hooks import LinearMap
 from theria.interference.layout import AttentionLayer
+from theria.interference.precision import full_precision
 from theria.interference.result import InterferenceResult
 from theria.interference.scores import VARIANTS, check_variants
 from theria.interference.selection import select_heads, select_layers
@@ -51,8 +51,8 @@ def compute(
 
     Equations and their meaning stand in `theria.interference`. Gradients are taken at the model's parameters
     in the mode it is in; put it into evaluation mode where dropout is not wanted. Neither parameters nor
-    their ``.grad`` are changed. A sample whose loss has no gradient, or none that is finite, in a layer's
-    block has NaN for scores there and counts nowhere else.
+    their ``.grad`` are changed. A sample whose loss has no gradient in a layer's block, none that is finite
+    or none whose squares are (above 1e16 in float32), has NaN for scores there and counts nowhere else.
 
     Args:
         model: any module with attention, see ``layout``.
@@ -187,7 +187,7 @@ def score(
     collected: dict[str, list[BlockScores]] = {block: [] for block in gradients.blocks}
     if task_a and task_b:
         buffers = Buffers()
-        with _full_precision():
+        with full_precision(gradients.device):
             for layer in gradients.layout:
                 for block, projection in layer.projections.items():
                     features = projection.features[chosen[block].places]
@@ -247,14 +247,3 @@ def _warn(settings: Settings, min_samples_for_fisher: int) -> None:
             f"min_samples_for_fisher={min_samples_for_fisher}",
             stacklevel=4,
         )
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TensorFloat-32 or bfloat16 inside float32 matrix products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

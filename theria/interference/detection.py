@@ -11,6 +11,8 @@ from theria.models.seq_classifier import SeqClassifier
 
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 _OUTPUTS = ("o_proj", "out_proj", "out_lin", "output.dense")
+_OUTPUTS_WITHIN = (*_OUTPUTS, "dense")
+"""Beside an attention module, a child called dense may be anything."""
 _FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "wqkv", "W_pack", "in_proj")
 
 # The order within a fused projection cannot be seen in shapes, and one child's name stands for several
@@ -45,14 +47,17 @@ def detect_layout(model: nn.Module) -> tuple[AttentionLayer, ...]:
     ``config``, and have to agree with the shapes.
 
     Raises:
-        ValueError: where no attention is found, a fused projection's order is not known, or sizes disagree;
-            the message says what was found and how to give the layout.
+        ValueError: where no attention is found, a fused projection's order or what may be an output
+            projection is not known, or sizes disagree; the message says what was found and how to give the
+            layout.
     """
     layers = []
     for name, module in model.named_modules():
         found = _recognise(name, module)
         if found is not None:
             layers.append(_layer(model, name, found))
+            if "o" not in found and "O" not in layers[-1].projections:
+                _check_no_output(module, layers[-1])
     if not layers:
         raise ValueError(f"no attention layer found among {_inventory(model)}. {_HOW}")
     return tuple(layers)
@@ -221,12 +226,25 @@ def _linear(model: nn.Module, attention: str, child: str) -> tuple[str, nn.Param
 
 def _output_of(model: nn.Module, attention: str) -> str | None:
     """Name of the output projection beside the others, or one module further out."""
-    for place in (0, 1):
-        for child in _OUTPUTS:
+    for place, children in enumerate((_OUTPUTS_WITHIN, _OUTPUTS)):
+        for child in children:
             paths = _paths(attention, child)
             if place < len(paths) and _module_at(model, paths[place]) is not None:
                 return child
     return None
+
+
+def _check_no_output(module: nn.Module, layer: AttentionLayer) -> None:
+    """Raise ValueError if some other child reads as many features as the heads give."""
+    known = {projection.module for projection in layer.projections.values()}
+    width = layer.projections["Q"].features.numel()
+    for child, linear in module.named_children():
+        other = _paths(layer.name, child)[0] not in known
+        if other and isinstance(linear, nn.Linear) and linear.in_features == width:
+            raise ValueError(
+                f"{type(module).__name__} at {layer.name!r} may have its output projection in {child!r}: "
+                f"{_describe(module)}. {_HOW}; 'o' is None where there is none"
+            )
 
 
 def _paths(attention: str, child: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Per-sample gradients of attention projections."""
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from theria.interference.hooks import Calls, LinearMap, factors_by_sample
 from theria.interference.layout import AttentionLayer
+from theria.interference.precision import full_precision
 from theria.interference.store import Factors, Gradient, GradientStore, Whole
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -76,7 +78,7 @@ def record_gradients(
         samples, ids: what it is called with, and their names in messages.
         modules: dotted names of linear maps.
         store: receives a record a sample. A map without gradient is left out of it; so is one whose gradient
-            is not finite, with a warning.
+            is not finite or too large to be squared, with a warning.
         batch_size: as in `compute`.
         device: where gradients are kept.
 
@@ -94,14 +96,15 @@ def record_gradients(
         else:
             records = recorder.run(loss_fn, batch, len(batch))
         for sample_id, (record, count) in zip(ids[first : first + step], records, strict=True):
-            finite = {name: gradient for name, gradient in record.items() if _is_finite(gradient)}
+            finite = {name: g for name, g in record.items() if _is_squarable(g, recorder.linears[name].dtype)}
             if len(finite) < len(record):
                 broken.append(sample_id)
             store.append(finite)
             tokens.append(count)
     if broken:
         warnings.warn(
-            f"{len(broken)} samples have gradients that are not finite and count as missing: {broken[:10]}",
+            f"{len(broken)} samples have gradients that are not finite or too large to be squared, and "
+            f"count as missing: {broken[:10]}",
             stacklevel=4,
         )
     return tokens, frozenset(recorder.by_autograd)
@@ -126,15 +129,18 @@ class _Recorder:
             _check_loss(loss, count)
             asked = sorted(self.unchecked | self.by_autograd)
             parameters = {name: self.linears[name].parameters for name in asked}
-            outputs, found = calls.backward(loss.sum(), [p for pair in parameters.values() for p in pair])
+            # a loss that left its autocast is differentiated outside of it, as by loss.backward() there
+            with torch.autocast(loss.device.type, enabled=False):
+                outputs, found = calls.backward(loss.sum(), [p for pair in parameters.values() for p in pair])
         remaining = iter(found)
         own = {name: [next(remaining) for _ in pair] for name, pair in parameters.items()}
         factors = factors_by_sample(outputs, count, self.device)
-        for name in sorted(self.unchecked):
-            self._check(
-                name, [f[name] for f in factors if name in f], own[name][0], batched=count is not None
-            )
-        return [self._record(sample, own) for sample in factors]
+        with full_precision(self.device):
+            for name in sorted(self.unchecked):
+                self._check(
+                    name, [f[name] for f in factors if name in f], own[name][0], batched=count is not None
+                )
+            return [self._record(sample, own) for sample in factors]
 
     def _check(
         self, name: str, factors: Sequence[Factors], expected: Tensor | None, *, batched: bool
@@ -199,5 +205,16 @@ def _smaller(factors: Factors, linear: LinearMap) -> Gradient:
     return Whole(outputs.T @ inputs.to(dtype), bias)
 
 
-def _is_finite(gradient: Gradient) -> bool:
-    return all(bool(part.isfinite().all()) for part in gradient if part is not None)
+def _is_squarable(gradient: Gradient, dtype: torch.dtype) -> bool:
+    """Whether sums of its squares over some 10^6 samples are finite, by a bound on its norm."""
+    first, second = gradient
+    if isinstance(gradient, Factors):
+        # a bias reads 1 at every token
+        bound = math.hypot(_norm(first), len(first) ** 0.5) * _norm(gradient.outputs)
+    else:
+        bound = math.hypot(_norm(first), 0.0 if second is None else _norm(second))
+    return bound < math.sqrt(torch.finfo(dtype).max) / 2**10
+
+
+def _norm(part: Tensor) -> float:
+    return float(torch.linalg.vector_norm(part, dtype=torch.float64))

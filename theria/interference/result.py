@@ -57,7 +57,8 @@ class InterferenceResult:
         layer_names: their modules.
         heads: by block, the heads on the last axis: query heads in Q and O, key-value heads in K and V, or
             ("all",) for scores of whole blocks.
-        missing_a, missing_b: by block, whether a sample has no (finite) gradient in a layer, [n, layers].
+        missing_a, missing_b: by block, whether a sample has no gradient in a layer that is finite and can be
+            squared, [n, layers].
         tokens_a, tokens_b: tokens of each sample at which the loss reaches a projection.
         fisher, ridge: of the computation.
         diagnostics: by block.

@@ -30,7 +30,7 @@ ALTERNATIVES = ("less", "greater", "two-sided")
 CORRECTIONS = ("bh", "by", "max_t")
 _LEAST_PERMUTATIONS = 1999
 _ROUNDING = 1e-12
-"""Means that differ by less, in units of the mean magnitude of scores, are the same."""
+"""Means that differ by less, in units of the mean magnitude of scores, are the same; more in float32."""
 
 
 class TooFewSamplesError(ValueError):
@@ -194,8 +194,8 @@ def label_permutation(
     needed = permutations_needed(level, int(tested.sum()), correction=correction, alternative=alternative)
     chosen = _permutations(permutations, needed, together, count_a)
     rows = labellings(count_a, count_b, chosen, np.random.default_rng(seed))
-    means = means_between(together, rows)
-    effect, p_values, adjusted = _judged(means, together, tested, alternative, correction)
+    mean = means_between(together, rows[:1])[0]
+    effect, p_values, adjusted = _judged(together, rows, tested, alternative, correction)
     split = np.cumsum([values.shape[2] for values in cells.values()])[:-1]
 
     def by_block(flat: np.ndarray) -> dict[str, np.ndarray]:
@@ -210,7 +210,7 @@ def label_permutation(
         exact=math.comb(count, count_a) <= chosen,
         layers=tuple(range(first.shape[2])) if layers is None else tuple(layers),
         heads={b: tuple(range(v.shape[3])) for b, v in pairs.items()} if heads is None else heads,
-        mean=by_block(means[0]),
+        mean=by_block(mean),
         effect=by_block(effect),
         p_values=by_block(p_values),
         adjusted=by_block(adjusted),
@@ -252,8 +252,7 @@ def _permutations(given: int | None, needed: int, together: np.ndarray, count_a:
     """How many relabellings to draw; ValueError where they cannot reach the level."""
     count = len(together)
     distinct = math.comb(count, count_a)
-    swapped = together.swapaxes(0, 1)
-    if 2 * count_a == count and np.allclose(together, swapped, rtol=1e-4, equal_nan=True):
+    if 2 * count_a == count and _is_symmetric(together):
         distinct //= 2  # with both tasks exchanged the mean is the same
     if distinct < needed + 1:
         raise TooFewSamplesError(
@@ -267,30 +266,51 @@ def _permutations(given: int | None, needed: int, together: np.ndarray, count_a:
     return given
 
 
+def _is_symmetric(together: np.ndarray) -> bool:
+    """Whether every cell's scores are the same with both samples exchanged, up to rounding errors."""
+    magnitudes = np.where(np.isfinite(together), np.abs(together), 0).max(axis=(0, 1))
+    differences = np.nan_to_num(np.abs(together - together.swapaxes(0, 1)))
+    return bool((differences <= 1e-5 * magnitudes).all())
+
+
 def _judged(
-    means: np.ndarray, together: np.ndarray, tested: np.ndarray, alternative: str, correction: str
+    together: np.ndarray, rows: np.ndarray, tested: np.ndarray, alternative: str, correction: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distance, p-value and adjusted p-value of every cell; NaN where it is not tested."""
-    effect, p_values, adjusted = (np.full(means.shape[1], np.nan) for _ in range(3))
+    effect, p_values, adjusted, slack = (np.full(len(tested), np.nan) for _ in range(4))
     if not tested.any():
         return effect, p_values, adjusted
-    means = means[:, tested]
-    rounding = _ROUNDING * np.nanmean(np.abs(together[:, :, tested].astype(np.float64)), axis=(0, 1))
-    less = (means <= means[0] + rounding).mean(axis=0)
-    greater = (means >= means[0] - rounding).mean(axis=0)
-    both = np.minimum(2 * np.minimum(less, greater), 1)
-    p_values[tested] = {"less": less, "greater": greater, "two-sided": both}[alternative]
-    spread = means.std(axis=0)
-    varies = spread > rounding
-    distances = np.where(varies, (means - means.mean(axis=0)) / np.where(varies, spread, 1), 0)
-    effect[tested] = distances[0]
+    largest = np.full(len(rows), -np.inf)
+    # one after the other: relabelled means of all cells may take far more memory than the scores
+    for cell in np.flatnonzero(tested):
+        scores = together[:, :, cell : cell + 1]
+        means = means_between(scores, rows)[:, 0]
+        rounding = _rounding(scores) * float(np.nanmean(np.abs(scores), dtype=np.float64))
+        less = float((means <= means[0] + rounding).mean())
+        greater = float((means >= means[0] - rounding).mean())
+        both = min(2 * min(less, greater), 1.0)
+        p_values[cell] = {"less": less, "greater": greater, "two-sided": both}[alternative]
+        spread = float(means.std())
+        distances = (means - means.mean()) / spread if spread > rounding else np.zeros(len(rows))
+        effect[cell] = distances[0]
+        slack[cell] = max(_ROUNDING, rounding / spread) if spread > rounding else _ROUNDING
+        np.maximum(largest, _strength(distances, alternative), out=largest)
     if correction == "max_t":
-        strength = {"less": -distances, "greater": distances, "two-sided": np.abs(distances)}[alternative]
-        largest = strength.max(axis=1)
-        adjusted[tested] = (largest[:, None] >= strength[0] - _ROUNDING).mean(axis=0)
+        least = _strength(effect, alternative) - slack
+        adjusted[tested] = [float((largest >= strength).mean()) for strength in least[tested]]
     else:
         adjusted[tested] = false_discovery_control(p_values[tested], method=correction)
     return effect, p_values, adjusted
+
+
+def _strength(distances: np.ndarray, alternative: str) -> np.ndarray:
+    """Distances as far as they speak for the alternative."""
+    return {"less": -distances, "greater": distances, "two-sided": np.abs(distances)}[alternative]
+
+
+def _rounding(scores: np.ndarray) -> float:
+    """Rounding errors of means, in units of the mean magnitude of scores."""
+    return max(_ROUNDING, 8 * float(np.finfo(scores.dtype).eps))
 
 
 def _ceiling(value: float) -> int:

@@ -1,8 +1,6 @@
 """Per-sample gradients of linear maps, kept as factors, in memory or in memory-mapped files."""
 
-import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -41,19 +39,19 @@ class GradientStore:
     """Records of samples one after the other; beyond a number of bytes they go to memory-mapped safetensors.
 
     A tensor that several gradients of a record share (the input of separate query, key and value projections)
-    is kept once. Files are unlinked when the store is no longer referenced.
+    is kept once. Files have no name once they are mapped: their space is free when the store is no longer
+    referenced, or its process killed.
 
     Args:
         memory_bytes: held in memory at most.
-        directory: where files go, in a temporary directory of their own; None for the system's.
+        directory: where files go; None for the system's temporary directory.
     """
 
     def __init__(self, memory_bytes: int, directory: Path | None = None) -> None:
         self.memory_bytes = memory_bytes
         self.held_bytes = 0
         self.spilled_bytes = 0
-        self._parent = directory
-        self._directory: Path | None = None
+        self._directory = directory
         self._records: list[Record] = []
 
     def __len__(self) -> int:
@@ -76,12 +74,10 @@ class GradientStore:
 
     def _mapped(self, tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The tensors as views of a file, by the same keys."""
-        if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="interference-", dir=self._parent))
-            weakref.finalize(self, shutil.rmtree, self._directory)
-        path = self._directory / f"{len(self._records)}.safetensors"
-        save_file({str(key): t.cpu().contiguous() for key, t in tensors.items()}, path)
-        return {int(key): t for key, t in load_file(path).items()}
+        with tempfile.TemporaryDirectory(prefix="interference-", dir=self._directory) as directory:
+            path = Path(directory) / "record.safetensors"
+            save_file({str(key): t.cpu().contiguous() for key, t in tensors.items()}, path)
+            return {int(key): t for key, t in load_file(path).items()}
 
 
 def _replaced(gradient: Gradient, by: Mapping[int, Tensor]) -> Gradient:

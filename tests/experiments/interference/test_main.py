@@ -284,6 +284,8 @@ def test_what_cannot_be_used_ends_in_one_line(checkpoint, hugging_face, files, t
     (tmp_path / "bad.jsonl").write_text('{"text": "a cat"}\n{"texts": "x"}\n')
     (tmp_path / "worse.jsonl").write_text("{\n")
     (tmp_path / "named.jsonl").write_text('{"text": "a cat", "id": [1]}\n')
+    (tmp_path / "twice.jsonl").write_text('{"text": "a cat", "id": "x"}\n{"text": "a dog", "id": "x"}\n')
+    (tmp_path / "long.txt").write_text("the " * 70)
     (tmp_path / "bare").mkdir()
     for model, given, options, message in (
         (tmp_path / "no.ckpt", files, (), "there is no such"),
@@ -297,6 +299,15 @@ def test_what_cannot_be_used_ends_in_one_line(checkpoint, hugging_face, files, t
         (checkpoint, (files[0], tmp_path / "bad.jsonl"), (), "bad.jsonl:2 has no text in a field 'text'"),
         (checkpoint, (files[0], tmp_path / "worse.jsonl"), (), "worse.jsonl:1 is not JSON"),
         (checkpoint, (files[0], tmp_path / "named.jsonl"), (), "id must be a string or a whole number"),
+        (checkpoint, (files[0], tmp_path / "twice.jsonl"), (), "several samples by the same id: ['x']"),
+        (f"hf:{hugging_face}", (files[0], tmp_path / "long.txt"), (), "has a sample of 70 tokens, but"),
+        (checkpoint, files, ("--samples", "-1"), "--samples: -1 is not at least 1"),
+        (checkpoint, files, ("--max-tokens", "0"), "--max-tokens: 0 is not at least 1"),
+        (checkpoint, files, ("--level", "2"), "--level: 2.0 is not between 0 and 1"),
+        (checkpoint, files, ("--layout", "{"), "--layout is not JSON"),
+        (checkpoint, files, ("--layout", "[1]"), "--layout must be a JSON object, received [1]"),
+        (checkpoint, files, ("--layers", "9"), "layers must be distinct numbers below 2, received [9]"),
+        (checkpoint, files, ("--permutations", "3"), "3 permutations cannot make one head significant"),
     ):
         with pytest.raises(SystemExit) as left:
             run(model, given, tmp_path / "out", *options)

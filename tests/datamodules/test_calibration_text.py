@@ -454,7 +454,8 @@ def test_decoding_names_what_is_no_text(folder: Path) -> None:
         ({"val_sequences": 0}, r"val_sequences must be in \[1, .*got 0"),
         ({"seed": -1}, r"seed must be in .*got -1"),
         ({"domains": {}}, "at least one domain"),
-        ({"domains": {"recall": Domain(built_in="python_docs")}}, "not 'recall', got 'recall'"),
+        ({"domains": {"recall": Domain(built_in="python_docs")}}, "not 'recall' or .*got 'recall'"),
+        ({"domains": {"recall_notes": Domain(built_in="python_docs")}}, "in front, got 'recall_notes'"),
         ({"domains": {"a/b": Domain(built_in="python_docs")}}, "letters, digits, - and _.*got 'a/b'"),
     ],
 )

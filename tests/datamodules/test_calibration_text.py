@@ -421,6 +421,13 @@ def test_recall_of_a_split_is_its_own_and_stands_in_text_of_that_split(split: st
     assert all(piece.strip("\ufffd") in text for piece in pieces)
 
 
+def test_too_few_keys_for_a_control_are_said_before_a_test_begins(folder: Path) -> None:
+    data = ready(folder, recall=dataclasses.replace(RECALL, num_keys=5))
+    next(iter(data.train_dataloader()))
+    with pytest.raises(ValueError, match=r"'never_stored' needs max_pairs \+ queries = 6 keys.* has 5"):
+        data.test_dataloader()
+
+
 def test_recall_may_stand_in_noise(folder: Path) -> None:
     data = ready(folder, recall=dataclasses.replace(RECALL, filler="noise"))
     (batch,) = data.val_dataloader()[2]

@@ -112,9 +112,11 @@ class CalibrationText(ResumableDataModule):
                 f"batch_size = {batch_size}"
             )
         for name in self.domains:
-            if not _NAME.fullmatch(name) or name == RECALL:
+            # names of loaders that begin so are recall's and its controls', also to who reads them
+            if not _NAME.fullmatch(name) or name.startswith(RECALL):
                 raise ValueError(
-                    f"domains are named in letters, digits, - and _, and not {RECALL!r}, got {name!r}"
+                    f"domains are named in letters, digits, - and _, and not {RECALL!r} or with it in front, "
+                    f"got {name!r}"
                 )
         if not self.domains:
             raise ValueError("domains must name at least one domain, or be null")

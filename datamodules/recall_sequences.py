@@ -138,9 +138,13 @@ class RecallSequences(Dataset[TextBatch]):
         source: number of recall among the sources.
         count: how many.
         control: what to ask for, "none" for keys that were stored.
+
+    Raises:
+        ValueError: the control needs more keys than there are.
     """
 
     def __init__(self, recall: RecallSource, source: int, *, count: int, control: Control = "none") -> None:
+        recall.spec.check_control(control)
         self.recall = recall
         self.source = source
         self.count = count

@@ -18,7 +18,7 @@ from datamodules.packing import TokenStream
 from datamodules.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
 
 # of the files and of the rules that make a corpus: another number is another cache
-_FORMAT = "1"
+_FORMAT = "2"
 _PARTS = tuple(field.name for field in dataclasses.fields(TokenStream))
 _LARGEST_UINT16 = 2**16 - 1
 

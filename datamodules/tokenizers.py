@@ -60,7 +60,8 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer in the JSON format of the tokenizers package.
 
-    No special tokens are added to what it gives; its vocabulary is taken to reach to its largest id.
+    No special tokens are added to what it gives, and it neither cuts nor pads, whatever the file says: a
+    document is tokenized whole. Its vocabulary is taken to reach to its largest id.
 
     Args:
         path: the file.
@@ -78,6 +79,9 @@ class FileTokenizer:
         # the package raises nothing more special
         except Exception as error:
             raise ValueError(f"{path} is not a file of the tokenizers package: {error}") from error
+        # many files carry the length of some model's input, and would cut every document there
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"the tokenizer {path} has an empty vocabulary")

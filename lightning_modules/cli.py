@@ -92,6 +92,7 @@ class TheriaCLI(LightningCLI):
 
     run_directory: Path | None = None
     restart: Restart | None = None
+    _figures_wanted = False
 
     def __init__(self, args: ArgsType = None) -> None:
         super().__init__(
@@ -214,6 +215,27 @@ class TheriaCLI(LightningCLI):
                 raise SystemExit(128 + signal.SIGTERM) from interruption
             raise
         self._say_where_all_is()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Lightning's, without its table, which repeats all figures once a loader and cuts their names."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        self._figures_wanted = bool(arguments.get("verbose"))
+        return arguments | {name: False for name in ("verbose",) if name in arguments}
+
+    def after_validate(self) -> None:
+        """Print every figure once."""
+        self._say_figures()
+
+    def after_test(self) -> None:
+        """Print every figure once."""
+        self._say_figures()
+
+    def _say_figures(self) -> None:
+        if not self._figures_wanted:
+            return
+        figures = self.trainer.callback_metrics
+        width = max(map(len, figures), default=0)
+        _say("\n".join(f"{name:<{width}}  {float(figures[name]):.6g}" for name in sorted(figures)))
 
     def _say_where_all_is(self) -> None:
         if self.subcommand != "fit" or self.run_directory is None:

@@ -421,6 +421,13 @@ def test_recall_of_a_split_is_its_own_and_stands_in_text_of_that_split(split: st
     assert all(piece.strip("\ufffd") in text for piece in pieces)
 
 
+def test_too_few_keys_for_a_control_are_said_before_a_test_begins(folder: Path) -> None:
+    data = ready(folder, recall=dataclasses.replace(RECALL, num_keys=5))
+    next(iter(data.train_dataloader()))
+    with pytest.raises(ValueError, match=r"'never_stored' needs max_pairs \+ queries = 6 keys.* has 5"):
+        data.test_dataloader()
+
+
 def test_recall_may_stand_in_noise(folder: Path) -> None:
     data = ready(folder, recall=dataclasses.replace(RECALL, filler="noise"))
     (batch,) = data.val_dataloader()[2]
@@ -454,7 +461,8 @@ def test_decoding_names_what_is_no_text(folder: Path) -> None:
         ({"val_sequences": 0}, r"val_sequences must be in \[1, .*got 0"),
         ({"seed": -1}, r"seed must be in .*got -1"),
         ({"domains": {}}, "at least one domain"),
-        ({"domains": {"recall": Domain(built_in="python_docs")}}, "not 'recall', got 'recall'"),
+        ({"domains": {"recall": Domain(built_in="python_docs")}}, "not 'recall' or .*got 'recall'"),
+        ({"domains": {"recall_notes": Domain(built_in="python_docs")}}, "in front, got 'recall_notes'"),
         ({"domains": {"a/b": Domain(built_in="python_docs")}}, "letters, digits, - and _.*got 'a/b'"),
     ],
 )

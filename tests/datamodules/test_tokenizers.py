@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
 
 from datamodules.tokenizers import ByteTokenizer, FileTokenizer, train_bpe
 
@@ -74,3 +75,17 @@ def test_the_vocabulary_reaches_to_the_largest_id_and_no_special_tokens_are_adde
     tokenizer = FileTokenizer(tmp_path / "words.json")
     assert tokenizer.num_tokens == 8
     assert [t.tolist() for t in tokenizer.encode([b"a b c"])] == [[0, 7, 2]]
+
+
+def test_a_file_that_cuts_or_pads_gives_whole_documents_all_the_same(tmp_path: Path) -> None:
+    train_bpe(TRAINING, 270, tmp_path / "plain.json")
+    expected = [t.tolist() for t in FileTokenizer(tmp_path / "plain.json").encode(TRAINING)]
+    for name in ("truncation", "padding"):
+        tokenizer = HFTokenizer.from_file(str(tmp_path / "plain.json"))
+        if name == "truncation":
+            tokenizer.enable_truncation(4)
+        else:
+            tokenizer.enable_padding(length=200)
+        tokenizer.save(str(tmp_path / f"{name}.json"))
+        found = FileTokenizer(tmp_path / f"{name}.json").encode(TRAINING)
+        assert [t.tolist() for t in found] == expected, name

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from small_jobs import fit_arguments, write_jobs
 
 from callbacks import read_metrics
 from lightning_modules import cli
@@ -260,6 +261,27 @@ def test_validate_and_test_take_a_run(capsys: pytest.CaptureFixture[str]) -> Non
     assert "test/query_accuracy_ci95" in said
     assert {path.name for path in RUN.iterdir() if path.is_dir()} == {"checkpoints", "validate_0", "test_0"}
     assert {path.name: path.read_bytes() for path in RUN.glob("metrics.*")} == before
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_every_figure_of_several_loaders_is_printed_once_by_its_whole_name(
+    command: str, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = tmp_path_factory.mktemp("jobs")
+    write_jobs(jobs)
+    main(fit_arguments(jobs, "text", "--trainer.max_steps=1"))
+    capsys.readouterr()
+    main([command, "--ckpt_path", "runs/memory_lm/version_0"])
+    stage = "val" if command == "validate" else "test"
+    lines = capsys.readouterr().out.splitlines()
+    figures = [line.split() for line in lines if line.startswith(f"{stage}/")]
+    names = [name for name, _ in figures]
+    assert {f"{stage}/bits_per_byte", f"{stage}/recall_accuracy_memory_off"} <= set(names)
+    assert ("test/recall_previous_shard_accuracy_memory_off" in names) == (command == "test")
+    assert len(set(names)) == len(names)
+    assert all(float(value) >= 0 for _, value in figures)
+    main([command, "--ckpt_path", "runs/memory_lm/version_0", "--verbose", "false"])
+    assert f"{stage}/" not in capsys.readouterr().out
 
 
 def test_a_dry_run_leaves_nothing() -> None:

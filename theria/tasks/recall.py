@@ -102,6 +102,14 @@ class RecallSpec:
         """Tokens that a model of these sequences must know."""
         return max(self.first_key + self.num_keys, self.first_value + self.num_values, self.num_noise)
 
+    def check_control(self, control: str) -> None:
+        """Raise ValueError for "never_stored" with fewer than max_pairs + queries keys."""
+        if control == "never_stored" and self.num_keys < self.max_pairs + self.queries:
+            raise ValueError(
+                f"control 'never_stored' needs max_pairs + queries = {self.max_pairs + self.queries} keys, "
+                f"the specification has {self.num_keys}"
+            )
+
     def _overlap(self) -> bool:
         return (
             self.first_key < self.first_value + self.num_values
@@ -165,11 +173,7 @@ def sample_recall(
         )
     if not 0 <= epoch < 2**WORD_BITS:
         raise ValueError(f"epoch must be in [0, 2^32), received {epoch}")
-    if control == "never_stored" and spec.num_keys < spec.max_pairs + spec.queries:
-        raise ValueError(
-            f"control 'never_stored' needs max_pairs + queries = {spec.max_pairs + spec.queries} keys, the "
-            f"specification has {spec.num_keys}"
-        )
+    spec.check_control(control)
     words = _draw(spec, sequence_ids, seed=seed, epoch=epoch, stream=stream)
     num_pairs = spec.min_pairs + uniform_integers(
         words[_Purpose.COUNT][:, 0], spec.max_pairs - spec.min_pairs + 1

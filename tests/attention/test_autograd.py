@@ -241,6 +241,20 @@ def test_every_composition_equals_the_explicit_softmax(case, composition):
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
+def test_a_map_over_nothing_gives_nothing(case):
+    """No task at all: empty results of the right shapes, through the second derivative."""
+    query, _, value = (torch.empty(0, *x.shape, dtype=x.dtype) for x in case.inputs)
+    second = case.gradients(lambda *x: total(case.gradients(case.loss(case.chain))(*x)))
+    assert vmap(case.chain, in_dims=(0, None, 0))(query, case.inputs[1], value).shape == (
+        0,
+        *case.weight.shape,
+    )
+    for found, x in zip(
+        vmap(second, in_dims=(0, None, 0))(query, case.inputs[1], value), case.inputs, strict=True
+    ):
+        assert found.shape == (0, *x.shape)
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_inputs_that_need_no_gradient_are_left_out(case, wanted):
     def second_order(attention: AttentionOf) -> list[Tensor]:

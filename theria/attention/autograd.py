@@ -49,9 +49,10 @@ class _Operator(Function):
         size = info.batch_size
         tensors = [_fold(t, dim, size) for t, dim in zip(args[:-2], in_dims[:-2], strict=True)]
         outputs = cls.apply(*tensors, *args[-2:])
+        batches = size, _batch(args[0], in_dims[0])
         if isinstance(outputs, Tensor):
-            return outputs.unflatten(0, (size, -1)), 0
-        return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
+            return outputs.unflatten(0, batches), 0
+        return tuple(t.unflatten(0, batches) for t in outputs), (0,) * len(outputs)
 
 
 class Attention(_Operator):
@@ -319,6 +320,11 @@ def _any(tangents: Sequence[Tensor | None]) -> bool:
 
 def _materialise(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, like, strict=True)]
+
+
+def _batch(tensor: Tensor, dim: int | None) -> int:
+    """The batch beside the mapped dimension; not to be inferred where nothing is mapped over."""
+    return [size for i, size in enumerate(tensor.shape) if i != dim][0]
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -279,6 +279,23 @@ def test_a_gradient_used_in_part_meets_missing_cotangents(case):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("of_leaves", [True, False])
+@pytest.mark.parametrize("wanted", range(7))
+def test_the_second_derivative_is_differentiated_by_each_operand_alone(case, wanted, of_leaves):
+    """By query, key, value, the cotangent, and the cotangents of the gradients, which it is linear in."""
+
+    def third_order(attention: AttentionOf) -> Tensor:
+        drawn = (*case.inputs, case.weight, *case.tangents)
+        given = [x.clone().requires_grad_() for x in drawn]
+        *inputs, cotangent, a, b, c = given if of_leaves else [1.5 * x for x in given]
+        first = torch.autograd.grad(attention(*inputs), inputs, cotangent, create_graph=True)
+        second = torch.autograd.grad(first, (*inputs, cotangent), (a, b, c), create_graph=True)
+        return torch.autograd.grad(total(second), given[wanted])[0]
+
+    found, expected = third_order(case.chain), third_order(case.reference)
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
 def test_a_jvp_whose_cotangent_is_missing_has_no_gradient(case):
     class Cut(torch.autograd.Function):
         @staticmethod

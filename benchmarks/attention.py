@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from benchmarks.attention_report import (
     BOTH,
     FIRST,
+    LONG,
     SECOND,
     Case,
     Measurement,
@@ -234,7 +235,8 @@ def _text(results: Results, ceilings: dict[torch.dtype, float], missing: Sequenc
         "memory beyond the inputs, and the share of the ceiling that the useful matrix products reach",
         "(forward 2, vjp 5, hvp 12; half if causal) [that theria's own products reach: 2, 7 and 20]. In",
         "float32 triton_fused takes exact products on the matrix units: the ceiling of plain float32 does",
-        "not bound it. Exponents are fitted over the sizes of batch 4; small ones are bound by launches.",
+        "not bound it. Exponents are fitted over the sizes of batch 4, of which small ones are bound by",
+        f"launches, and that of a head's time (the time by batch and heads) over all sizes from N {LONG} on.",
         "",
         *first_calls(results),
         *([f"Cut short before {missing[0]}, N {missing[0].length}."] if missing else []),

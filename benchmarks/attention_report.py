@@ -18,6 +18,9 @@ USEFUL_MATMULS = {FIRST: 2 + 5, BOTH: 2 + 5 + 12, SECOND: 12}
 OWN_MATMULS = {FIRST: 2 + 7, BOTH: 2 + 7 + 20, SECOND: 20}
 """Those that theria's kernels take, which compute scores once more in each visit of a tile."""
 
+LONG = 4096
+"""Length from which the arithmetic and not the launches take the time."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -93,16 +96,22 @@ def _table(mine: Results, work: str, ceiling: float) -> list[str]:
             for case in lengths
         ]
         done = [(case.length, m) for case, m in found.items() if not m.failure and case.batch == 4]
-        exponents = ["", ""]
+        exponents = ["", "", ""]
         if len(done) > 1:
             sizes = [length for length, _ in done]
             exponents = [
                 f"{fitted_exponent(sizes, [m.milliseconds for _, m in done]):.2f}",
+                "",
                 f"{fitted_exponent(sizes, [m.mebibytes for _, m in done]):.2f}",
             ]
+        far = {c: m.milliseconds for c, m in found.items() if not m.failure and c.length >= LONG}
+        if len(far) > 1:
+            of_a_head = [ms / (c.batch * c.heads) for c, ms in far.items()]
+            exponents[1] = f"{fitted_exponent([c.length for c in far], of_a_head):.2f}"
         rows.append([name, *cells, *exponents])
     header = [f"N {case.length} ({case.batch}x{case.heads})" for case in lengths]
-    return markdown_table(["", *header, "time ~ N^", "memory ~ N^"], rows)
+    far_title = f"a head's time ~ N^ from {LONG}"
+    return markdown_table(["", *header, "time ~ N^", far_title, "memory ~ N^"], rows)
 
 
 def _cell(name: str, case: Case, work: str, found: Measurement, fused: Measurement, ceiling: float) -> str:

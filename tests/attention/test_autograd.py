@@ -241,6 +241,20 @@ def test_every_composition_equals_the_explicit_softmax(case, composition):
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
+def test_a_map_over_nothing_gives_nothing(case):
+    """No task at all: empty results of the right shapes, through the second derivative."""
+    query, _, value = (torch.empty(0, *x.shape, dtype=x.dtype) for x in case.inputs)
+    second = case.gradients(lambda *x: total(case.gradients(case.loss(case.chain))(*x)))
+    assert vmap(case.chain, in_dims=(0, None, 0))(query, case.inputs[1], value).shape == (
+        0,
+        *case.weight.shape,
+    )
+    for found, x in zip(
+        vmap(second, in_dims=(0, None, 0))(query, case.inputs[1], value), case.inputs, strict=True
+    ):
+        assert found.shape == (0, *x.shape)
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_inputs_that_need_no_gradient_are_left_out(case, wanted):
     def second_order(attention: AttentionOf) -> list[Tensor]:
@@ -263,6 +277,23 @@ def test_a_gradient_used_in_part_meets_missing_cotangents(case):
 
     for a, b in zip(second_order(case.chain), second_order(case.reference), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("of_leaves", [True, False])
+@pytest.mark.parametrize("wanted", range(7))
+def test_the_second_derivative_is_differentiated_by_each_operand_alone(case, wanted, of_leaves):
+    """By query, key, value, the cotangent, and the cotangents of the gradients, which it is linear in."""
+
+    def third_order(attention: AttentionOf) -> Tensor:
+        drawn = (*case.inputs, case.weight, *case.tangents)
+        given = [x.clone().requires_grad_() for x in drawn]
+        *inputs, cotangent, a, b, c = given if of_leaves else [1.5 * x for x in given]
+        first = torch.autograd.grad(attention(*inputs), inputs, cotangent, create_graph=True)
+        second = torch.autograd.grad(first, (*inputs, cotangent), (a, b, c), create_graph=True)
+        return torch.autograd.grad(total(second), given[wanted])[0]
+
+    found, expected = third_order(case.chain), third_order(case.reference)
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
 def test_a_jvp_whose_cotangent_is_missing_has_no_gradient(case):

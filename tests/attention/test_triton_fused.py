@@ -254,6 +254,10 @@ def forward_twice(attention, inputs, tangents, *, wanted=(0, 1, 2), moving=False
 COMPOSITIONS = {
     "backward": lambda f, x, t: reverse(f, x, t, 1),
     "double backward": lambda f, x, t: reverse(f, x, t, 2),
+    # of leaves, which no call of the public function hands on, the engine would not say who awaits them
+    "functional.hvp": lambda f, x, t: torch.autograd.functional.hvp(
+        lambda *y: f(*(z.clone() for z in y)).sin().sum(), x, t
+    )[1],
     "jvp(grad)": lambda f, x, t: jvp(gradients_of(f), x, t)[1],
     "grad(jvp)": lambda f, x, t: grad(lambda *y: jvp(f, y, t)[1].sin().sum(), argnums=(0, 1, 2))(*x),
     "vmap(grad(grad))": vmapped_grad_of_grad,

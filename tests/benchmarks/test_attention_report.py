@@ -36,11 +36,21 @@ def test_each_row_is_a_ratio_with_its_share_of_the_ceiling():
     # 19 and 29 products of 4 x 16 x 1024^2 x 64 / 2 multiply-adds in a millisecond, of 800 TFLOP/s
     whole = next(line for line in lines if "130 MiB" in line)
     assert "1.00 ms (1.00x), 65 MiB, 10% [16%]" in whole
-    assert whole.endswith("| 2.00 | 1.00 |")
+    assert whole.endswith("| 2.00 |  | 1.00 |")
     assert "8.00 ms (8.00x), 3000 MiB, 1% | out of memory |" in rows["torch MATH"]
     second = next(line for line in lines if "0.50 ms" in line)
     assert "0.50 ms (1.00x), 65 MiB, 13% [21%]" in second
     assert FIRST not in "".join(titles).replace(BOTH, "")
+
+
+def test_the_growth_of_a_heads_time_is_fitted_over_long_sequences_of_any_batch():
+    long = [Case(4, 16, 4096, 64, torch.bfloat16, True), Case(1, 2, 16384, 64, torch.bfloat16, True)]
+    short = Case(4, 16, 512, 64, torch.bfloat16, True)
+    times = {short: 60.0, long[0]: 64.0, long[1]: 32.0}
+    results = {(case, BOTH, "triton_fused"): Measurement(ms, 1.0) for case, ms in times.items()}
+    lines = report(results, {torch.bfloat16: 800.0})
+    assert "| time ~ N^ | a head's time ~ N^ from 4096 | memory ~ N^ |" in lines[3]
+    assert lines[5].endswith("| 0.03 | 2.00 | 0.00 |")
 
 
 def test_the_picture_is_drawn(tmp_path):

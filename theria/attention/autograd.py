@@ -5,6 +5,7 @@
     AttentionVJP        q, k, v, dO           AttentionHVP                AttentionHVP + AttentionVJP
     AttentionJVP        q, k, v, a, b, c      AttentionHVP, AttentionVJP  AttentionSecondJVP + AttentionJVP
     AttentionHVP        q, k, v, dO, a, b, c  formulas of ``custom``      formulas of ``custom``
+                        a, b, c alone         AttentionHVP, AttentionVJP
     AttentionSecondJVP  q, k, v, a, ..., c'   formulas of ``custom``      formulas of ``custom``
 
 Every derivative up to the second is therefore a launch of an operator, whichever way it is taken: reverse
@@ -49,9 +50,10 @@ class _Operator(Function):
         size = info.batch_size
         tensors = [_fold(t, dim, size) for t, dim in zip(args[:-2], in_dims[:-2], strict=True)]
         outputs = cls.apply(*tensors, *args[-2:])
+        batches = size, _batch(args[0], in_dims[0])
         if isinstance(outputs, Tensor):
-            return outputs.unflatten(0, (size, -1)), 0
-        return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
+            return outputs.unflatten(0, batches), 0
+        return tuple(t.unflatten(0, batches) for t in outputs), (0,) * len(outputs)
 
 
 class Attention(_Operator):
@@ -182,21 +184,29 @@ class AttentionHVP(_Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        query, key, value, _, _, *rest, _, ctx.band = inputs
-        ctx.save_for_backward(query, key, value, *rest)
-        ctx.save_for_forward(query, key, value, *rest)
+        *tensors, ctx.operators, ctx.band = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        primals, cotangent, tangents = ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.saved_tensors[6:]
+        if not _awaited(ctx, (0, 1, 2, 5)):
+            # by a, b and c it is linear and symmetric: still a second derivative, as functional.hvp takes it
+            tail = (ctx.operators, ctx.band)
+            curved = AttentionHVP.apply(*primals, cotangent, *cotangents[:3], *tail)[:3]
+            linear = AttentionVJP.apply(*primals, cotangents[3], *tail)
+            return (None,) * 6 + tuple(a + b for a, b in zip(curved, linear, strict=True)) + (None, None)
         with _own_precision(cotangents[0]):
-            pull = torch.func.vjp(_hvp_from_scratch(ctx.band), *ctx.saved_tensors)[1]
+            pull = torch.func.vjp(_hvp_from_scratch(ctx.band), *primals[:3], cotangent, *tangents)[1]
             query, key, value, *rest = pull(cotangents)
         return query, key, value, None, None, *rest, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        directions = _materialise((*tangents[:3], *tangents[5:9]), ctx.saved_tensors)
-        return _pushforward(_hvp_from_scratch(ctx.band), ctx.saved_tensors, directions)
+        saved = (*ctx.saved_tensors[:3], *ctx.saved_tensors[5:])
+        directions = _materialise((*tangents[:3], *tangents[5:9]), saved)
+        return _pushforward(_hvp_from_scratch(ctx.band), saved, directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -302,6 +312,17 @@ def _hvp_from_scratch(band: Band) -> Callable[..., tuple[Tensor, ...]]:
     return compute
 
 
+def _awaited(ctx: Any, positions: Sequence[int]) -> bool:
+    """Whether the backward that runs goes on from the tensor inputs at these positions."""
+    nodes = (ctx.next_functions[i][0] for i in positions)
+    # what torch.autograd.graph.register_multi_grad_hook asks; of a leaf, a node without successors, the
+    # engine refuses to say
+    return any(
+        node is not None and (not node.next_functions or torch._C._will_engine_execute_node(node))
+        for node in nodes
+    )
+
+
 def _own_precision(tensor: Tensor) -> torch.autocast:
     """Keep autocast out: derivatives are taken inside of it too, and in its precision they do not cancel."""
     return torch.autocast(tensor.device.type, enabled=False)
@@ -319,6 +340,11 @@ def _any(tangents: Sequence[Tensor | None]) -> bool:
 
 def _materialise(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, like, strict=True)]
+
+
+def _batch(tensor: Tensor, dim: int | None) -> int:
+    """The batch beside the mapped dimension; not to be inferred where nothing is mapped over."""
+    return next(size for i, size in enumerate(tensor.shape) if i != dim)
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

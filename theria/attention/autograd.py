@@ -5,7 +5,7 @@
     AttentionVJP        q, k, v, dO           AttentionHVP                AttentionHVP + AttentionVJP
     AttentionJVP        q, k, v, a, b, c      AttentionHVP, AttentionVJP  AttentionSecondJVP + AttentionJVP
     AttentionHVP        q, k, v, dO, a, b, c  formulas of ``custom``      formulas of ``custom``
-                        a, b, c alone         AttentionHVP, AttentionVJP
+    the same            a, b, c alone         AttentionHVP, AttentionVJP
     AttentionSecondJVP  q, k, v, a, ..., c'   formulas of ``custom``      formulas of ``custom``
 
 Every derivative up to the second is therefore a launch of an operator, whichever way it is taken: reverse
